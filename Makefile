@@ -1,0 +1,40 @@
+# Needs GNU make and Python 3.11 or newer; everything else is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CPU-only build of torch spares gigabytes of CUDA packages; see README, "Install".
+PIP_FLAGS ?=
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/moesim demo --out runs/demo
+
+test: $(VENV)/installed-dev lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: $(VENV)/installed-dev .shim/moesim
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/recorder_overhead.py
+	$(BIN)/python benchmarks/planner.py
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[dev]"
+	touch $@
+
+# mypy does not follow the import hook of an editable install; a link named like the package does.
+.shim/moesim:
+	mkdir -p .shim
+	ln -sfn .. $@
+
+clean:
+	rm -rf $(VENV) .shim build dist *.egg-info runs

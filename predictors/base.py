@@ -1,0 +1,77 @@
+"""What a predictor may see, and what it says.
+
+`Seen` holds copies of what has happened and nothing else: it cannot reach the future, because whoever runs the step adds
+each layer's routing to it only after that layer has routed. Knows nothing about GPUs or policies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from moesim.traces import StepTokens, TokenTable
+from numpy.typing import NDArray
+
+Ids = NDArray[np.integer]
+"""Expert ids, [T, K] for one layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastStep:
+    """A finished step: its tokens and the routing of all layers, [T, L, K]."""
+
+    tokens: StepTokens
+    topk_ids: Ids
+
+
+@dataclass(slots=True, kw_only=True)
+class Seen:
+    """Everything that is known at a decision point of a running step."""
+
+    step: int
+    tokens: StepTokens
+    queued: StepTokens | None = None
+    """Tokens of the next step where they are already waiting (encoder, prefill); never known in decode."""
+    routed: list[Ids] = field(default_factory=list)
+    """Routing [T, K] of the layers of this step that have routed, in layer order."""
+    past: deque[PastStep] = field(default_factory=deque)
+    """Earlier steps, the latest last; how many are kept is up to the driver."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """The load expected for one layer, [E] (float, sums to tokens x K), and where it is known per token, ids [T, K]."""
+
+    load: NDArray[np.float64]
+    topk: Ids | None = None
+
+
+class Predictor(Protocol):
+    """Fitted once on recorded requests, then asked before a layer has routed."""
+
+    name: str
+    clairvoyant: bool
+    """True only for the oracle, which is shown the truth through `reveal`."""
+
+    def fit(self, table: TokenTable, num_experts: int) -> None:
+        """Learn from the tokens of `table`; they must not be the ones that are scored."""
+
+    def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
+        """Expected load of `layer` in this step or, with `queued`, in the next step, whose tokens are `seen.queued`."""
+
+
+def tokens_of(seen: Seen, queued: bool) -> StepTokens:
+    """The tokens that a forecast is about. Raises ValueError where the next step is not known yet."""
+    if not queued:
+        return seen.tokens
+    if seen.queued is None:
+        raise ValueError("the next step's tokens are not known: nothing can be forecast for it")
+    return seen.queued
+
+
+def from_probabilities(p_TE: NDArray[np.float64], top_k: int) -> Forecast:
+    """Forecast from each token's expert probabilities (rows sum to 1): loads add up, ids are the K most probable."""
+    topk = np.argsort(-p_TE, axis=1, kind="stable")[:, :top_k]
+    return Forecast(load=p_TE.sum(axis=0) * top_k, topk=topk)

@@ -1,0 +1,30 @@
+"""The oracle: shown the true routing, so that there is something to measure the others against."""
+
+from __future__ import annotations
+
+import numpy as np
+from moesim.predictors.base import Forecast, Ids, Seen
+from moesim.traces import TokenTable
+
+
+class Oracle:
+    """Repeats the truth that the driver revealed. The only predictor that knows the future; its name says so."""
+
+    name = "oracle"
+    clairvoyant = True
+
+    def fit(self, table: TokenTable, num_experts: int) -> None:
+        """Learns nothing; remembers E."""
+        self.num_experts = num_experts
+
+    def reveal(self, current_TLK: Ids, queued_TLK: Ids | None) -> None:
+        """Take the true routing of this step and of the next one, [T, L, K]."""
+        self._current, self._queued = current_TLK, queued_TLK
+
+    def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
+        """The true load and ids. Raises ValueError where the next step was not revealed."""
+        truth = self._queued if queued else self._current
+        if truth is None:
+            raise ValueError("the next step was not revealed to the oracle")
+        ids = truth[:, layer]
+        return Forecast(load=np.bincount(ids.ravel(), minlength=self.num_experts).astype(np.float64), topk=ids)

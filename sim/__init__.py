@@ -1,0 +1,1 @@
+"""What would happen: hardware profiles, cost model, residency, policies and the SimPy engine. Imports without torch."""

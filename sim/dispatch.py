@@ -1,0 +1,118 @@
+"""Which replica computes which tokens, exactly: every routed token goes to one GPU that holds its expert.
+
+Shape letters: E experts, G GPUs; a GPU is also the rank that holds tokens under data-parallel attention. Pure numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from moesim.traces.errors import PolicyError
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Split = Callable[[Ints, NDArray[np.bool_]], Ints]
+"""(load_E, usable_EG) -> tokens_EG with row sums load_E and zeros where an expert is not usable."""
+
+
+def even_split(load_E: Ints, usable_EG: NDArray[np.bool_]) -> Ints:
+    """Each expert's tokens in equal parts over its replicas, the remainder to the lowest GPUs (EPLB, vLLM, SGLang)."""
+    copies_E = usable_EG.sum(axis=1)
+    _need_a_copy(load_E, copies_E)
+    share_E, rest_E = np.divmod(load_E, np.maximum(copies_E, 1))
+    order_EG = np.cumsum(usable_EG, axis=1) - 1
+    return np.where(usable_EG, share_E[:, None] + (order_EG < rest_E[:, None]), 0).astype(np.int64)
+
+
+def exact_split(load_E: Ints, usable_EG: NDArray[np.bool_]) -> Ints:
+    """The split with the smallest possible busiest GPU, in whole tokens (the optimum of LPLB's linear program).
+
+    Experts with several copies are poured, heaviest first, into their GPUs; then tokens are moved along chains of shared
+    experts away from the busiest GPU until no chain leads to a GPU with at least two tokens fewer. Then no split is better:
+    the GPUs that a chain reaches hold at least max - 1 tokens each, and their tokens can go nowhere else.
+    """
+    copies_E = usable_EG.sum(axis=1)
+    _need_a_copy(load_E, copies_E)
+    tokens_EG = np.where(usable_EG & (copies_E == 1)[:, None], load_E[:, None], 0).astype(np.int64)
+    load_G = tokens_EG.sum(axis=0)
+    shared = np.flatnonzero((copies_E > 1) & (load_E > 0))
+    for expert in shared[np.argsort(-load_E[shared], kind="stable")]:
+        gpus = np.flatnonzero(usable_EG[expert])
+        tokens_EG[expert, gpus] = _pour(int(load_E[expert]), load_G[gpus])
+        load_G[gpus] += tokens_EG[expert, gpus]
+    while len(shared) and _relieve(tokens_EG, load_G, usable_EG, shared):
+        pass
+    return tokens_EG
+
+
+def send_matrix(counts_GE: Ints, tokens_EG: Ints) -> Ints:
+    """[G_from, E, G_to] how many of each rank's tokens go to each replica.
+
+    A rank uses its own replica first; what is left is matched in order of rank. Row and column sums are kept exactly.
+    """
+    gpus, experts = counts_GE.shape
+    assert (counts_GE.sum(axis=0) == tokens_EG.sum(axis=1)).all(), "the split does not carry the tokens"
+    local_GE = np.minimum(counts_GE, tokens_EG.T)
+    send = np.zeros((gpus, experts, gpus), np.int64)
+    send[np.arange(gpus), :, np.arange(gpus)] = local_GE
+    have_GE, want_EG = counts_GE - local_GE, tokens_EG - local_GE.T
+    # Both sides laid end to end per expert: the overlap of two intervals is what one rank sends to one replica.
+    have_end, want_end = np.cumsum(have_GE, axis=0), np.cumsum(want_EG, axis=1)
+    upper = np.minimum(have_end[:, :, None], want_end[None, :, :])
+    lower = np.maximum((have_end - have_GE)[:, :, None], (want_end - want_EG)[None, :, :])
+    send += np.maximum(upper - lower, 0)
+    return send
+
+
+def _need_a_copy(load_E: Ints, copies_E: NDArray[np.integer]) -> None:
+    lost = np.flatnonzero((load_E > 0) & (copies_E == 0))
+    if len(lost):
+        raise PolicyError(f"expert {int(lost[0])} has {int(load_E[lost[0]])} tokens and no usable copy")
+
+
+def _pour(tokens: int, load_X: Ints) -> Ints:
+    """[X] whole tokens added to GPUs that hold `load_X`, lowest first, as water finds its level; ties to the lowest."""
+    order = np.argsort(load_X, kind="stable")
+    level = load_X[order]
+    below = np.arange(1, len(level) + 1)
+    # How many GPUs end under water: the last whose bottom lies under the level that the ones before it would reach.
+    wet = int(np.flatnonzero(below * level - np.cumsum(level) < tokens)[-1]) + 1
+    height, rest = divmod(tokens + int(level[:wet].sum()), wet)
+    added = np.zeros(len(level), np.int64)
+    added[order[:wet]] = height - level[:wet] + (np.arange(wet) < rest)
+    return added
+
+
+def _relieve(tokens_EG: Ints, load_G: Ints, usable_EG: NDArray[np.bool_], shared: NDArray[np.intp]) -> bool:
+    """Move tokens from the busiest GPU along the shortest chain of shared experts to a GPU with at least two fewer;
+    False where there is no such chain. Changes `tokens_EG` and `load_G`."""
+    start = int(np.argmax(load_G))
+    came_from: dict[int, tuple[int, int]] = {}
+    reached = [start]
+    for gpu in reached:
+        for expert in shared[tokens_EG[shared, gpu] > 0]:
+            for to in np.flatnonzero(usable_EG[expert]):
+                if to == start or int(to) in came_from:
+                    continue
+                came_from[int(to)] = (gpu, int(expert))
+                reached.append(int(to))
+                if load_G[to] <= load_G[start] - 2:
+                    _move_along(tokens_EG, load_G, came_from, start, int(to))
+                    return True
+    return False
+
+
+def _move_along(tokens_EG: Ints, load_G: Ints, came_from: dict[int, tuple[int, int]], start: int, end: int) -> None:
+    chain = []
+    gpu = end
+    while gpu != start:
+        before, expert = came_from[gpu]
+        chain.append((before, expert, gpu))
+        gpu = before
+    amount = min(int(load_G[start] - load_G[end]) // 2, *(int(tokens_EG[expert, a]) for a, expert, _ in chain))
+    for a, expert, b in chain:
+        tokens_EG[expert, a] -= amount
+        tokens_EG[expert, b] += amount
+    load_G[start] -= amount
+    load_G[end] += amount

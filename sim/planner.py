@@ -1,0 +1,102 @@
+"""Placement and replication from loads: contiguous, balanced, EPLB, and replicas for what is about to be hot.
+
+Pure numpy, knows nothing about time, files or devices. Shape letters: E experts, G GPUs, S slots of one layer on a GPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from moesim.sim.residency import EMPTY
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+
+
+def contiguous(experts: int, gpus: int, slots: int) -> Ids:
+    """[G, S] experts 0, 1, 2, ... in equal runs, replica slots empty: how serving systems load a model."""
+    placed = np.full((gpus, slots), EMPTY, np.int32)
+    for gpu, block in enumerate(np.array_split(np.arange(experts), gpus)):
+        placed[gpu, : len(block)] = block
+    return placed
+
+
+def pack(load_X: NDArray[np.floating], expert_X: NDArray[np.integer], gpus: int, slots: int) -> Ids:
+    """[G, S] every item X once, heaviest first, on the lightest GPU with a free slot that lacks the expert.
+
+    Longest processing time first; ties to the lowest expert and GPU. Where only a GPU that has the expert is left, an
+    item changes places with one elsewhere, so that no expert is twice on a GPU.
+    """
+    placed = np.full((gpus, slots), EMPTY, np.int32)
+    used_G, load_G = np.zeros(gpus, int), np.zeros(gpus)
+    for x in np.lexsort((expert_X, -load_X)):
+        expert = int(expert_X[x])
+        free_G = (used_G < slots) & ~(placed == expert).any(axis=1)
+        if not free_G.any():
+            gpu = _make_room(placed, used_G, expert)
+        else:
+            gpu = int(np.argmin(np.where(free_G, load_G, np.inf)))
+        placed[gpu, used_G[gpu]] = expert
+        used_G[gpu] += 1
+        load_G[gpu] += load_X[x]
+    return placed
+
+
+def _make_room(placed: Ids, used_G: NDArray[np.integer], expert: int) -> int:
+    """Move an item from a full GPU without `expert` to one with a free slot; returns the GPU that now has room."""
+    slots = placed.shape[1]
+    for receiver in np.flatnonzero(used_G < slots):
+        for gpu in np.flatnonzero(~(placed == expert).any(axis=1)):
+            movable = np.flatnonzero(~np.isin(placed[gpu], placed[receiver]))
+            if len(movable):
+                placed[receiver, used_G[receiver]] = placed[gpu, movable[-1]]
+                used_G[receiver] += 1
+                placed[gpu, movable[-1] :] = np.append(placed[gpu, movable[-1] + 1 :], EMPTY)
+                used_G[gpu] -= 1
+                return int(gpu)
+    raise AssertionError("more copies of an expert than GPUs")
+
+
+def eplb(load_E: NDArray[np.floating], gpus: int, slots: int) -> Ids:
+    """[G, S] all G x S slots filled: hottest experts replicated, then packed.
+
+    Source: DeepSeek's expert-parallel load balancer, flat variant: a further replica goes to the expert with the largest
+    load per replica. Deviation: an expert has at most one replica on a GPU, where the published code may put two.
+    """
+    experts = len(load_E)
+    copies_E = np.ones(experts, np.int64)
+    for _ in range(min(gpus * slots, experts * gpus) - experts):
+        copies_E[int(np.argmax(np.where(copies_E < gpus, load_E / copies_E, -1.0)))] += 1
+    expert_X = np.repeat(np.arange(experts), copies_E)
+    return pack((load_E / copies_E)[expert_X], expert_X, gpus, slots)
+
+
+def replicas(
+    load_E: NDArray[np.floating], home_EG: NDArray[np.bool_], have_EG: NDArray[np.bool_], extra: int
+) -> list[tuple[int, int]]:
+    """(expert, GPU) pairs that should hold a replica beside the home placement, most useful first.
+
+    Greedy: again and again the busiest GPU gives tokens of one expert to another GPU, the pair that moves most, until
+    less than 1% of the mean load would move. A replica that is there already (`have_EG`) counts 5% more, since it costs
+    no copy. At most `extra` replicas a GPU. Inputs: load_E expected tokens, home_EG [E, G] one True a row.
+    """
+    gpus = home_EG.shape[1]
+    share_EG = np.where(home_EG, load_E[:, None], 0.0)
+    open_EG = ~home_EG
+    room_G = np.full(gpus, extra)
+    least = 0.01 * float(load_E.sum()) / gpus
+    chosen: list[tuple[int, int]] = []
+    while len(chosen) < gpus * extra:
+        load_G = share_EG.sum(axis=0)
+        busiest = int(np.argmax(load_G))
+        # Levelling the pair is the most that one replica can do for the busiest GPU.
+        gain_EG = np.minimum(share_EG[:, busiest, None], (load_G[busiest] - load_G) / 2)
+        worth_EG = np.where(open_EG & (room_G > 0), gain_EG * np.where(have_EG, 1.05, 1.0), 0.0)
+        expert, gpu = divmod(int(np.argmax(worth_EG)), gpus)
+        if worth_EG[expert, gpu] <= least:
+            break
+        share_EG[expert, busiest] -= gain_EG[expert, gpu]
+        share_EG[expert, gpu] += gain_EG[expert, gpu]
+        open_EG[expert, gpu] = False
+        room_G[gpu] -= 1
+        chosen.append((expert, gpu))
+    return chosen

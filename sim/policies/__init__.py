@@ -1,0 +1,146 @@
+"""Named policies: compositions of a placement, a predictor, a transfer rule and a dispatch. This is the one place where
+a policy is registered; the command line derives its choices from it.
+
+Adding one is one entry of `POLICIES`; docs/architecture.md says what the parts mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from moesim.predictors import PREDICTORS, Predictor
+from moesim.sim.dispatch import Split, even_split, exact_split
+from moesim.sim.planner import contiguous, pack
+from moesim.sim.policies.rules import Never, Periodic, Replicate, Rule, Target
+from moesim.sim.residency import EMPTY, Cluster, Residency
+from moesim.traces import InputError, TokenTable, load_LE
+from numpy.typing import NDArray
+
+Placement = Callable[[Cluster, NDArray[np.int64]], NDArray[np.int32]]
+"""(cluster, fitted load_LE) -> experts [L, G, layer_slots], EMPTY in the replica slots."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The parts of a policy, before it is fitted to a cluster and a recording."""
+
+    summary: str
+    placement: Placement
+    predictor: str | None = None
+    rule: Rule = Never()
+    split: Split = exact_split
+    simulated_only: bool = False
+    """True for bounds that no machine can reach."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A fitted policy: the same object decides in the simulator and on the device."""
+
+    name: str
+    cluster: Cluster
+    recipe: Recipe
+    predictor: Predictor | None
+    placed_LGS: NDArray[np.int32]
+
+    def start(self) -> Residency:
+        """The residency before the first step."""
+        residency = Residency(self.cluster)
+        residency.place(self.placed_LGS)
+        return residency
+
+
+def contiguous_placement(cluster: Cluster, load_LE: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Experts in order of their number, whatever their load."""
+    one = contiguous(cluster.experts, cluster.gpus, cluster.layer_slots)
+    return np.broadcast_to(one, (cluster.layers, *one.shape))
+
+
+def balanced_placement(cluster: Cluster, load_LE: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Experts packed by the load of the fitted requests, each once."""
+    placed = np.full((cluster.layers, cluster.gpus, cluster.layer_slots), EMPTY, np.int32)
+    for layer, load_E in enumerate(load_LE):
+        placed[layer, :, : cluster.home_slots] = pack(
+            load_E.astype(float), np.arange(cluster.experts), cluster.gpus, cluster.home_slots
+        )
+    return placed
+
+
+POLICIES: dict[str, Recipe] = {
+    "contiguous": Recipe(
+        summary="experts in order, no replicas: static expert parallelism", placement=contiguous_placement
+    ),
+    "balanced": Recipe(summary="experts packed by recorded load, no replicas", placement=balanced_placement),
+    "eplb": Recipe(
+        summary="every 8 steps replicate and pack by the last 16 steps' load, copies block (DeepSeek EPLB)",
+        placement=balanced_placement,
+        predictor="window",
+        rule=Periodic(interval=8),
+        split=even_split,
+    ),
+    "predictive-layer": Recipe(
+        summary="replicate the next layer's hot experts, forecast from this layer's true routing",
+        placement=balanced_placement,
+        predictor="markov",
+        rule=Replicate(next_batch=False),
+    ),
+    "predictive-batch": Recipe(
+        summary="replicate the next batch's hot experts, forecast from its queued tokens (arXiv 2605.11537, true router)",
+        placement=balanced_placement,
+        predictor="token-table",
+        rule=Replicate(next_batch=True),
+    ),
+    "oracle-batch": Recipe(
+        summary="predictive-batch with a perfect forecast; copies still take their time",
+        placement=balanced_placement,
+        predictor="oracle",
+        rule=Replicate(next_batch=True),
+    ),
+    "oracle": Recipe(
+        summary="perfect forecast and copies that cost nothing: a bound, in the simulator only",
+        placement=balanced_placement,
+        predictor="oracle",
+        rule=Replicate(next_batch=False, free=True),
+        simulated_only=True,
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The registered recipe. Raises InputError listing the known names."""
+    if name not in POLICIES:
+        raise InputError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def make_policy(name: str, cluster: Cluster, fit_on: TokenTable) -> Policy:
+    """Fit the named policy on recorded requests, which must not be the ones that it is run on.
+
+    Raises InputError for an unknown name or a recording without tokens.
+    """
+    parts = recipe(name)
+    if len(fit_on) == 0:
+        raise InputError("nothing to fit the policy on: the recording needs at least two requests")
+    predictor = PREDICTORS[parts.predictor]() if parts.predictor else None
+    if predictor is not None:
+        predictor.fit(fit_on, cluster.experts)
+    placed = parts.placement(cluster, load_LE(fit_on.topk_ids, cluster.experts, fit_on.dropped))
+    return Policy(name=name, cluster=cluster, recipe=parts, predictor=predictor, placed_LGS=placed)
+
+
+__all__ = [
+    "POLICIES",
+    "Never",
+    "Periodic",
+    "Policy",
+    "Recipe",
+    "Replicate",
+    "Rule",
+    "Target",
+    "balanced_placement",
+    "contiguous_placement",
+    "make_policy",
+    "recipe",
+]

@@ -1,0 +1,139 @@
+"""Transfer rules: what to copy where, when. A rule sees a forecast and the residency, never the truth.
+
+Decision point p of a step lies after p layers have routed: 0 is the start, L comes after the last router. Between point
+p and the routing of layer p the expert phase of layer p-1 and the attention of layer p pass: that is the window in which
+a transfer for layer p hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from moesim.predictors import Forecast
+from moesim.sim.planner import eplb, replicas
+from moesim.sim.residency import EMPTY, Residency, Transfer
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A forecast that a rule asks for: `layer` of this step or, `queued`, of the next one."""
+
+    layer: int
+    queued: bool = False
+
+
+class Rule(Protocol):
+    """When to ask for forecasts, and what to copy because of one."""
+
+    def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
+        """The forecasts wanted at decision point `point` (0..layers) of step `step`."""
+
+    def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
+        """Copies to start now; they begin together."""
+
+
+class Never:
+    """Nothing ever moves."""
+
+    def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
+        """None."""
+        return ()
+
+    def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
+        """None."""
+        return []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Periodic:
+    """Every `interval` steps, before the step begins, lay out every layer anew; the step waits for the copies.
+
+    Source: EPLB as SGLang and vLLM run it.
+    """
+
+    interval: int = 8
+
+    def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
+        """All layers at the start of every `interval`-th step, once there is history."""
+        due = point == 0 and step > 0 and step % self.interval == 0
+        return [Target(layer=layer) for layer in range(layers)] if due else ()
+
+    def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
+        """Blocking copies into the slots whose expert changes; an expert that stays on its GPU is not copied."""
+        c = residency.cluster
+        wanted_GS = eplb(forecast.load, c.gpus, c.layer_slots)
+        now_GS = residency.experts_GS(target.layer)
+        moves = []
+        for gpu in range(c.gpus):
+            free = [i for i in range(c.layer_slots) if now_GS[gpu, i] not in wanted_GS[gpu] or now_GS[gpu, i] == EMPTY]
+            new = [e for e in wanted_GS[gpu] if e != EMPTY and e not in now_GS[gpu]]
+            for i, expert in zip(free, new, strict=False):
+                slot = target.layer * c.layer_slots + i
+                moves.append(_copy(residency, target.layer, int(expert), gpu, slot, blocking=True))
+        return moves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replicate:
+    """Keep the home placement, fill the replica slots with what is forecast to be overloaded; computation goes on.
+
+    `next_batch=False`: after layer l has routed, for layer l+1 (PROBE, Libra, Lina plan at this distance).
+    `next_batch=True`: once a layer's experts have run, for the same layer of the queued step, so that a copy has almost
+    a whole step to arrive (predictive replication, arXiv 2605.11537, section on replication ahead of the batch).
+    """
+
+    next_batch: bool
+    free: bool = False
+
+    def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
+        """One layer a point; before anything was planned (the first step), all layers at point 0."""
+        if not self.next_batch:
+            return [Target(layer=point)] if point < layers else ()
+        if point == 0:
+            return [Target(layer=layer) for layer in (range(layers) if step == 0 else [layers - 1])]
+        return [Target(layer=point - 2, queued=True)] if point >= 2 else ()
+
+    def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
+        """Copies into replica slots; a replica that is still wanted stays where it is."""
+        c = residency.cluster
+        slots_GS = residency.experts_GS(target.layer)
+        home_EG = _one_hot(slots_GS[:, : c.home_slots], c.experts)
+        have_EG = _one_hot(slots_GS[:, c.home_slots :], c.experts)
+        wanted = replicas(forecast.load, home_EG, have_EG, c.extra_slots)
+        moves = []
+        for gpu in range(c.gpus):
+            keep = {e for e, g in wanted if g == gpu}
+            new = [e for e, g in wanted if g == gpu and not have_EG[e, g]]
+            free = [i for i in range(c.home_slots, c.layer_slots) if slots_GS[gpu, i] not in keep]
+            for i, expert in zip(free, new, strict=False):
+                slot = target.layer * c.layer_slots + i
+                moves.append(_copy(residency, target.layer, expert, gpu, slot, free=self.free))
+        return moves
+
+
+def _one_hot(slots_GS: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
+    """[E, G] True where one of the slots [G, S] holds the expert."""
+    gpu, slot = np.nonzero(slots_GS != EMPTY)
+    held = np.zeros((experts, slots_GS.shape[0]), np.bool_)
+    held[slots_GS[gpu, slot], gpu] = True
+    return held
+
+
+def _copy(
+    residency: Residency,
+    layer: int,
+    expert: int,
+    target: int,
+    slot: int,
+    *,
+    blocking: bool = False,
+    free: bool = False,
+) -> Transfer:
+    """A transfer from the first GPU, counted onwards from the target, that holds the expert: spreads the reading."""
+    holders = np.flatnonzero(residency.usable_LEG[layer, expert])
+    source = int(min(holders, key=lambda g: (g - target) % residency.cluster.gpus))
+    return Transfer(layer=layer, expert=expert, source=source, target=target, slot=slot, blocking=blocking, free=free)

@@ -1,0 +1,168 @@
+"""Which (layer, expert) is in which slot of which GPU, or on its way there.
+
+Shared by the simulated and the real executor, so it imports neither simpy nor torch and knows nothing about time: an
+executor says when a transfer has arrived. Shape letters: L layers, E experts, G GPUs, S slots of one GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from moesim.traces.errors import InputError, PolicyError
+from numpy.typing import NDArray
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The shape that a policy plans for."""
+
+    layers: int
+    experts: int
+    gpus: int
+    extra_slots: int = 1
+    """Slots for replicas, per GPU and layer, beside those that hold every expert once."""
+    top_k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.layers < 1 or self.experts < 1:
+            raise InputError("a cluster needs at least one GPU, one layer and one expert")
+        if self.gpus > self.experts:
+            raise InputError(f"{self.gpus} GPUs for {self.experts} experts: use at most one GPU per expert")
+        if self.extra_slots < 0:
+            raise InputError(f"extra slots must not be negative, got {self.extra_slots}")
+
+    @property
+    def home_slots(self) -> int:
+        """Slots per GPU and layer that hold each expert once."""
+        return -(-self.experts // self.gpus)
+
+    @property
+    def layer_slots(self) -> int:
+        """Slots per GPU that belong to one layer; slot numbers of layer l are l * layer_slots onwards."""
+        return self.home_slots + self.extra_slots
+
+    def slots_of(self, layer: int) -> range:
+        """The slots that compositions use for `layer` on every GPU."""
+        return range(layer * self.layer_slots, (layer + 1) * self.layer_slots)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """Copy one expert into a slot. What the slot held is gone when the transfer begins."""
+
+    layer: int
+    expert: int
+    source: int
+    """GPU that is read; it must hold the expert, and its copy is taken as it was when the transfer was issued."""
+    target: int
+    slot: int
+    blocking: bool = False
+    """True: the executor goes on only when it has arrived (demand). False: computation overlaps it (prefetch)."""
+    free: bool = False
+    """True: arrives at once and costs nothing. Only bounds use it, only the simulator accepts it."""
+
+
+class Residency:
+    """Contents of all slots. Every change keeps: one expert per slot, no expert twice on a GPU, no expert lost."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        slots = cluster.layers * cluster.layer_slots
+        shape = (cluster.layers, cluster.experts, cluster.gpus)
+        self.layer_GS: NDArray[np.int32] = np.full((cluster.gpus, slots), EMPTY, np.int32)
+        self.expert_GS: NDArray[np.int32] = np.full((cluster.gpus, slots), EMPTY, np.int32)
+        self.usable_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
+        self.coming_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
+
+    def place(self, experts_LGS: NDArray[np.integer]) -> None:
+        """Fill the slots of every layer, [L, G, layer_slots], EMPTY where a slot stays free. Nothing is copied: this is
+        how the model was loaded. Raises PolicyError where an expert is missing or twice on one GPU."""
+        c = self.cluster
+        if experts_LGS.shape != (c.layers, c.gpus, c.layer_slots):
+            raise PolicyError(
+                f"placement has shape {experts_LGS.shape}, the cluster needs {(c.layers, c.gpus, c.layer_slots)}"
+            )
+        for layer, gpu, i in np.argwhere(experts_LGS != EMPTY):
+            expert, slot = int(experts_LGS[layer, gpu, i]), int(layer) * c.layer_slots + int(i)
+            if not 0 <= expert < c.experts:
+                raise PolicyError(f"placement of layer {layer}: expert {expert} does not exist")
+            if self.usable_LEG[layer, expert, gpu]:
+                raise PolicyError(f"placement of layer {layer}: expert {expert} is twice on GPU {gpu}")
+            self._fill(int(gpu), slot, int(layer), expert)
+            self.usable_LEG[layer, expert, gpu] = True
+        self._check_nothing_lost(range(c.layers))
+
+    def begin(self, transfers: list[Transfer]) -> None:
+        """Start `transfers` together: all sources are checked, then all target slots change hands, then it is checked
+        that no expert was lost. Raises PolicyError (and changes nothing) where one of them is impossible."""
+        for t in transfers:
+            self._check(t)
+        before = (self.layer_GS.copy(), self.expert_GS.copy(), self.usable_LEG.copy(), self.coming_LEG.copy())
+        try:
+            for t in transfers:
+                self._evict(t.target, t.slot)
+            for t in transfers:
+                if self.usable_LEG[t.layer, t.expert, t.target] or self.coming_LEG[t.layer, t.expert, t.target]:
+                    raise PolicyError(f"layer {t.layer}, expert {t.expert} would be twice on GPU {t.target}")
+                if self.layer_GS[t.target, t.slot] != EMPTY:
+                    raise PolicyError(f"two transfers want slot {t.slot} of GPU {t.target}")
+                self._fill(t.target, t.slot, t.layer, t.expert)
+                self.coming_LEG[t.layer, t.expert, t.target] = True
+            self._check_nothing_lost({t.layer for t in transfers})
+        except PolicyError:
+            self.layer_GS, self.expert_GS, self.usable_LEG, self.coming_LEG = before
+            raise
+
+    def arrived(self, t: Transfer) -> bool:
+        """Make the copy usable; False where the slot was given away while the copy was under way."""
+        if not self.holds(t) or not self.coming_LEG[t.layer, t.expert, t.target]:
+            return False
+        self.coming_LEG[t.layer, t.expert, t.target] = False
+        self.usable_LEG[t.layer, t.expert, t.target] = True
+        return True
+
+    def holds(self, t: Transfer) -> bool:
+        """True while the transfer's slot is still its own."""
+        return bool(self.layer_GS[t.target, t.slot] == t.layer and self.expert_GS[t.target, t.slot] == t.expert)
+
+    def slot(self, layer: int, expert: int, gpu: int) -> int:
+        """The slot of `gpu` that holds the expert. Raises KeyError where none does."""
+        found = np.flatnonzero((self.layer_GS[gpu] == layer) & (self.expert_GS[gpu] == expert))
+        if not len(found):
+            raise KeyError((layer, expert, gpu))
+        return int(found[0])
+
+    def experts_GS(self, layer: int) -> NDArray[np.int32]:
+        """[G, layer_slots] expert in each slot of `layer` (on its way included), EMPTY where free."""
+        window = self.cluster.slots_of(layer)
+        return self.expert_GS[:, window.start : window.stop]
+
+    def _check(self, t: Transfer) -> None:
+        c = self.cluster
+        what = f"transfer of layer {t.layer}, expert {t.expert} from GPU {t.source} to GPU {t.target}, slot {t.slot}"
+        if not (0 <= t.layer < c.layers and 0 <= t.expert < c.experts):
+            raise PolicyError(f"{what}: no such expert")
+        if not (0 <= t.source < c.gpus and 0 <= t.target < c.gpus):
+            raise PolicyError(f"{what}: no such GPU, the cluster has {c.gpus}")
+        if not 0 <= t.slot < self.layer_GS.shape[1]:
+            raise PolicyError(f"{what}: no such slot, a GPU has {self.layer_GS.shape[1]}")
+        if not self.usable_LEG[t.layer, t.expert, t.source]:
+            raise PolicyError(f"{what}: the source does not hold it")
+
+    def _evict(self, gpu: int, slot: int) -> None:
+        layer, expert = self.layer_GS[gpu, slot], self.expert_GS[gpu, slot]
+        if layer != EMPTY:
+            self.usable_LEG[layer, expert, gpu] = self.coming_LEG[layer, expert, gpu] = False
+            self.layer_GS[gpu, slot] = self.expert_GS[gpu, slot] = EMPTY
+
+    def _fill(self, gpu: int, slot: int, layer: int, expert: int) -> None:
+        self.layer_GS[gpu, slot], self.expert_GS[gpu, slot] = layer, expert
+
+    def _check_nothing_lost(self, layers: range | set[int]) -> None:
+        for layer in layers:
+            held_E = self.usable_LEG[layer].any(axis=1) | self.coming_LEG[layer].any(axis=1)
+            if not held_E.all():
+                raise PolicyError(f"layer {layer}: no GPU would hold expert {int(np.argmin(held_E))}")

@@ -1,0 +1,107 @@
+"""Routed tokens of one stack: the arrays that every other module reads.
+
+Shape letters: T tokens, L MoE layers of the stack, K experts per token, D lookahead distances, M lookahead width.
+Knows nothing about files (store.py) or models (record.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.traces.errors import TraceError
+
+
+class Phase(IntEnum):
+    """What kind of forward pass computed a token."""
+
+    ENCODER = 0
+    PREFILL = 1
+    DECODE = 2
+
+
+def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
+    """Smallest dtype that holds every expert id."""
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTable:
+    """Routing of T tokens through the L MoE layers of one stack, in the order in which they were computed."""
+
+    topk_ids: NDArray[np.uint8 | np.uint16]
+    """[T, L, K] expert ids that the model's router chose, most probable first."""
+    topk_weights: NDArray[np.float16]
+    """[T, L, K] gate weights as the model applied them."""
+    dropped: NDArray[np.bool_]
+    """[T, L] True where the expert was over its capacity and the token took the residual path."""
+    token_id: NDArray[np.int32]
+    """[T] vocabulary id that entered the stack."""
+    request: NDArray[np.int32]
+    """[T] which request (sequence) the token belongs to."""
+    position: NDArray[np.int32]
+    """[T] position in its request, padding not counted."""
+    step: NDArray[np.int32]
+    """[T] the forward pass of the recording."""
+    phase: NDArray[np.uint8]
+    """[T] a `Phase`."""
+    lookahead_ids: NDArray[np.uint8 | np.uint16] | None = None
+    """[T, L, D, M] what the gates of MoE layers l+1..l+D say of layer l's router input; beyond the last layer: 0."""
+
+    def __post_init__(self) -> None:
+        if self.topk_ids.ndim != 3:
+            raise TraceError(f"topk_ids must have shape [T, L, K], got {list(self.topk_ids.shape)}")
+        T, L, K = self.topk_ids.shape
+        expected = {"topk_weights": (T, L, K), "dropped": (T, L)} | {
+            name: (T,) for name in ("token_id", "request", "position", "step", "phase")
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise TraceError(f"{name} must have shape {list(shape)}, got {list(getattr(self, name).shape)}")
+        ahead = self.lookahead_ids
+        if ahead is not None and (ahead.ndim != 4 or ahead.shape[:2] != (T, L)):
+            raise TraceError(f"lookahead_ids must have shape [{T}, {L}, D, M], got {list(ahead.shape)}")
+
+    def __len__(self) -> int:
+        return int(self.topk_ids.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """L, the MoE layers of the stack."""
+        return int(self.topk_ids.shape[1])
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Column name to array, without the optional columns that are absent."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: column for name, column in columns.items() if column is not None}
+
+    def take(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> TokenTable:
+        """The rows at `index`, in that order."""
+        return TokenTable(**{name: column[index] for name, column in self.arrays().items()})  # type: ignore[arg-type]
+
+
+def concat(tables: list[TokenTable]) -> TokenTable:
+    """All rows of `tables`, in order. Raises TraceError where they differ in columns or shapes."""
+    names = tables[0].arrays().keys()
+    if any(table.arrays().keys() != names for table in tables):
+        raise TraceError("the parts of a trace do not have the same columns")
+    try:
+        return TokenTable(
+            **{name: np.concatenate([table.arrays()[name] for table in tables]) for name in names}  # type: ignore[arg-type]
+        )
+    except ValueError as error:
+        raise TraceError(f"the parts of a trace do not fit together: {error}") from None
+
+
+def load_LE(
+    topk_ids_TLK: NDArray[np.integer], num_experts: int, dropped_TL: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
+    """Tokens that each expert of each layer computes, [L, E]; dropped tokens are not computed and do not count."""
+    T, L, K = topk_ids_TLK.shape
+    key = topk_ids_TLK.astype(np.int64) + np.arange(L)[None, :, None] * num_experts
+    if dropped_TL is not None:
+        key = key[np.broadcast_to(~dropped_TL[:, :, None], (T, L, K))]
+    return np.bincount(key.ravel(), minlength=L * num_experts).reshape(L, num_experts)
