@@ -100,6 +100,7 @@ class Residency:
         that no expert was lost. Raises PolicyError (and changes nothing) where one of them is impossible."""
         for t in transfers:
             self._check(t)
+        touched = {t.layer for t in transfers} | {int(self.layer_GS[t.target, t.slot]) for t in transfers}
         before = (self.layer_GS.copy(), self.expert_GS.copy(), self.usable_LEG.copy(), self.coming_LEG.copy())
         try:
             for t in transfers:
@@ -111,7 +112,7 @@ class Residency:
                     raise PolicyError(f"two transfers want slot {t.slot} of GPU {t.target}")
                 self._fill(t.target, t.slot, t.layer, t.expert)
                 self.coming_LEG[t.layer, t.expert, t.target] = True
-            self._check_nothing_lost({t.layer for t in transfers})
+            self._check_nothing_lost(touched - {EMPTY})
         except PolicyError:
             self.layer_GS, self.expert_GS, self.usable_LEG, self.coming_LEG = before
             raise

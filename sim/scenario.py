@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from moesim.sim.dispatch import Ints
@@ -59,6 +60,19 @@ class Scenario:
     def stack(self) -> str:
         """The stack that the phase runs in."""
         return STACK_OF_PHASE[self.phase]
+
+    def config(self) -> dict[str, Any]:
+        """What both executors report of the inputs; two results are comparable only where all of it agrees."""
+        return {
+            "family": self.spec.family,
+            "phase": self.phase.name.lower(),
+            "gpus": self.cluster.gpus,
+            "extra_slots": self.cluster.extra_slots,
+            "batch_tokens": self.batch_tokens,
+            "steps": len(self.batches),
+            "tokens": sum(len(batch.tokens) for batch in self.batches),
+            "split": "fitted on even requests, run on odd ones",
+        }
 
     def steps(self) -> Iterator[StepInput]:
         """The steps in order, with the recorded routing of each."""

@@ -1,0 +1,78 @@
+"""`moesim compare`: simulated beside measured speedup."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from moesim.sim.comparison import Comparison, Row
+from moesim.sim.comparison import compare as compare_results
+from moesim.sim.results import PHASES, load_results
+
+
+@click.command()
+@click.argument("simulated", type=click.Path(path_type=Path))
+@click.argument("measured", type=click.Path(path_type=Path))
+@click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the comparison as JSON to this file.")
+def compare(simulated: Path, measured: Path, baseline: str, as_json: bool, out: Path | None) -> None:
+    """Print simulated and measured speedup over the same baseline, phase by phase, with the error.
+
+    SIMULATED and MEASURED are files that `moesim simulate --out` and `moesim run-gpu --out` wrote.
+
+    \b
+    moesim simulate mini.moetrace --policy predictive-batch --profile here.json --gpus 2 --out simulated.json
+    moesim run-gpu models/switch-mini --trace mini.moetrace --policy predictive-batch --ranks 2 --out measured.json
+    moesim compare simulated.json measured.json
+    """
+    comparison = compare_results(load_results(simulated), load_results(measured), baseline)
+    text = json.dumps(comparison.to_dict(), indent=1)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(text)
+    else:
+        print_comparison(comparison)
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Two tables: speedups with their error, then milliseconds a step by phase."""
+    console = console or Console()
+    measured, simulated = comparison.measured_config, comparison.simulated_config
+    speedups = Table(title=f"Speedup over {comparison.baseline}: simulated beside measured", title_justify="left")
+    for column in ("policy", "simulated", "measured", "min .. max of repeats", "error"):
+        speedups.add_column(column, justify="left" if column == "policy" else "right")
+    for row in comparison.rows:
+        spread = f"{row.measured_low:.3f} .. {row.measured_high:.3f}"
+        speedups.add_row(row.policy, f"{row.simulated:.3f}x", f"{row.measured:.3f}x", spread, f"{row.error:+.1%}")
+    console.print(speedups)
+    console.print(_phase_table(comparison.rows, int(measured["steps"])))
+    console.print(
+        f"{measured['phase']}, {measured['gpus']} ranks on {measured['device_name']}, {measured['batch_tokens']} tokens a "
+        f"batch, {measured['steps']} steps, {measured['tokens']} tokens, {measured['dtype']}; {measured['split']}.\n"
+        f"Simulated with profile {simulated['profile']} ({simulated['profile_kind']}). "
+        f"error = simulated / measured - 1.",
+        highlight=False,
+    )
+
+
+def _phase_table(rows: list[Row], steps: int) -> Table:
+    table = Table(title="Milliseconds a step, simulated / measured", title_justify="left")
+    table.add_column("policy")
+    for phase in (*PHASES, "all"):
+        table.add_column(phase, justify="right")
+    for row in rows:
+        cells = [
+            f"{1e3 * row.simulated_phase_s[phase] / steps:.2f} / {1e3 * row.measured_phase_s[phase] / steps:.2f}"
+            for phase in PHASES
+        ]
+        all_phases = f"{1e3 * sum(row.simulated_phase_s.values()) / steps:.2f} / "
+        all_phases += f"{1e3 * sum(row.measured_phase_s.values()) / steps:.2f}"
+        table.add_row(row.policy, *cells, all_phases)
+    return table

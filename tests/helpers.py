@@ -1,0 +1,49 @@
+"""Small recordings made by hand, for tests that need routing but no model."""
+
+import numpy as np
+
+from moesim.traces import ModelSpec, StackSpec, TokenTable
+
+
+def make_spec(layers=3, experts=8, **changes):
+    fields = {
+        "family": "switch",
+        "d_model": 16,
+        "d_ff": 32,
+        "num_heads": 2,
+        "d_kv": 8,
+        "num_experts": experts,
+        "top_k": 1,
+        "gated": False,
+        "capacity": 64,
+        "shared_experts": 0,
+        "vocab_size": 100,
+        "dtype": "float32",
+        "stacks": (StackSpec(name="encoder", num_layers=layers, moe_layers=tuple(range(layers))),),
+    }
+    return ModelSpec(**{**fields, **changes})
+
+
+def make_table(requests=16, length=32, layers=3, experts=8, top_k=1, seed=0, phase=0, noise=0.2, skew=1.3):
+    """Tokens whose experts follow from their vocabulary id and from the layer before, with noise: predictable, skewed."""
+    rng = np.random.default_rng(seed)
+    T = requests * length
+    token = rng.zipf(skew, T) % 50
+    ids = np.empty((T, layers, top_k), np.int64)
+    ids[:, 0, 0] = (token * 3) % experts
+    for layer in range(1, layers):
+        ids[:, layer, 0] = (ids[:, layer - 1, 0] * 5 + 1) % experts
+    random = rng.random((T, layers)) < noise
+    ids[:, :, 0] = np.where(random, rng.integers(0, experts, (T, layers)), ids[:, :, 0])
+    for k in range(1, top_k):
+        ids[:, :, k] = (ids[:, :, 0] + k) % experts
+    return TokenTable(
+        topk_ids=ids.astype(np.uint8),
+        topk_weights=np.full((T, layers, top_k), 0.5, np.float16),
+        dropped=rng.random((T, layers)) < 0.02,
+        token_id=token.astype(np.int32),
+        request=np.repeat(np.arange(requests), length).astype(np.int32),
+        position=np.tile(np.arange(length), requests).astype(np.int32),
+        step=np.zeros(T, np.int32),
+        phase=np.full(T, phase, np.uint8),
+    )
