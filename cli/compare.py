@@ -54,8 +54,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(speedups)
     console.print(_phase_table(comparison.rows, int(measured["steps"])))
     console.print(
-        f"{measured['phase']}, {measured['gpus']} ranks on {measured['device_name']}, {measured['batch_tokens']} tokens a "
-        f"batch, {measured['steps']} steps, {measured['tokens']} tokens, {measured['dtype']}; {measured['split']}.\n"
+        f"{measured['phase']}, {measured['gpus']} ranks on {measured['device_name']}, {measured['batch_tokens']} "
+        f"tokens a batch, {measured['steps']} steps, {measured['tokens']} tokens, {measured['dtype']}; "
+        f"{measured['split']}.\n"
         f"Simulated with profile {simulated['profile']} ({simulated['profile_kind']}). "
         f"error = simulated / measured - 1.",
         highlight=False,

@@ -1,4 +1,4 @@
-"""The picture of a run: tokens on each GPU over time, baseline above winner. Knows nothing about how a run came about."""
+"""The picture of a run: tokens on each GPU over time, baseline above winner. Knows nothing about how it came about."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moesim.sim.results import Result
 
 
 def load_over_time(results: list[Result], path: Path, title: str) -> None:
-    """Write a PNG: for each result one panel, each GPU's share of every layer's tokens, layer after layer, step after step.
+    """Write a PNG: for each result one panel with each GPU's share of the tokens, layer after layer, step after step.
 
     1.0 is a perfectly even share; the black line is the busiest GPU, which the others wait for.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 - a second of start-up that only pictures pay for
+    from matplotlib.figure import Figure  # a second of start-up that only pictures pay for
 
     figure = Figure(figsize=(10, 2.6 * len(results) + 0.6), layout="constrained")
     axes = figure.subplots(len(results), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

@@ -1,7 +1,7 @@
 """What a predictor may see, and what it says.
 
-`Seen` holds copies of what has happened and nothing else: it cannot reach the future, because whoever runs the step adds
-each layer's routing to it only after that layer has routed. Knows nothing about GPUs or policies.
+`Seen` holds copies of what has happened and nothing else: it cannot reach the future, because whoever runs the step
+adds each layer's routing to it only after that layer has routed. Knows nothing about GPUs or policies.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from moesim.traces import StepTokens, TokenTable
 from numpy.typing import NDArray
+
+from moesim.traces import StepTokens, TokenTable
 
 Ids = NDArray[np.integer]
 """Expert ids, [T, K] for one layer."""

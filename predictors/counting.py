@@ -1,14 +1,15 @@
 """Predictors that count: frequency, window, layer-to-layer Markov, token table.
 
-Shape letters: T tokens, L layers, E experts, K experts per token, V vocabulary ids that occurred in the fitted requests.
+Shape letters: T tokens, L layers, E experts, K experts per token, V vocabulary ids of the fitted requests.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
+
 from moesim.predictors.base import Forecast, Seen, from_probabilities, tokens_of
 from moesim.traces import TokenTable, load_LE
-from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 

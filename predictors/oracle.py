@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from moesim.predictors.base import Forecast, Ids, Seen
 from moesim.traces import TokenTable
 

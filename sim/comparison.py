@@ -47,8 +47,8 @@ class Comparison:
 
 
 def compare(simulated: list[Result], measured: list[Result], baseline: str) -> Comparison:
-    """Pair the results by policy. Raises InputError where the baseline is missing on a side, no other policy is on both,
-    or the runs had different inputs (naming the first key that differs)."""
+    """Pair the results by policy. Raises InputError where the baseline is missing on a side, no other policy is on
+    both, or the runs had different inputs (naming the first key that differs)."""
     sides = {"simulated": _by_policy(simulated, "simulated"), "measured": _by_policy(measured, "measured")}
     for kind, results in sides.items():
         if baseline not in results:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from moesim.traces.errors import PolicyError
 from numpy.typing import NDArray
+
+from moesim.traces.errors import PolicyError
 
 Ints = NDArray[np.int64]
 Split = Callable[[Ints, NDArray[np.bool_]], Ints]
@@ -28,20 +29,21 @@ def even_split(load_E: Ints, usable_EG: NDArray[np.bool_]) -> Ints:
 def exact_split(load_E: Ints, usable_EG: NDArray[np.bool_]) -> Ints:
     """The split with the smallest possible busiest GPU, in whole tokens (the optimum of LPLB's linear program).
 
-    Experts with several copies are poured, heaviest first, into their GPUs; then tokens are moved along chains of shared
-    experts away from the busiest GPU until no chain leads to a GPU with at least two tokens fewer. Then no split is better:
-    the GPUs that a chain reaches hold at least max - 1 tokens each, and their tokens can go nowhere else.
+    Experts with several copies are poured, heaviest first, into their GPUs; then tokens are moved along chains of
+    shared experts away from the busiest GPU until no chain leads to a GPU with at least two tokens fewer. Then no split
+    is better: the GPUs that a chain reaches hold at least max - 1 tokens each, which can go nowhere else.
     """
     copies_E = usable_EG.sum(axis=1)
     _need_a_copy(load_E, copies_E)
     tokens_EG = np.where(usable_EG & (copies_E == 1)[:, None], load_E[:, None], 0).astype(np.int64)
     load_G = tokens_EG.sum(axis=0)
+    least = max(int(load_G.max()), -(-int(load_E.sum()) // len(load_G)))
     shared = np.flatnonzero((copies_E > 1) & (load_E > 0))
     for expert in shared[np.argsort(-load_E[shared], kind="stable")]:
         gpus = np.flatnonzero(usable_EG[expert])
         tokens_EG[expert, gpus] = _pour(int(load_E[expert]), load_G[gpus])
         load_G[gpus] += tokens_EG[expert, gpus]
-    while len(shared) and _relieve(tokens_EG, load_G, usable_EG, shared):
+    while load_G.max() > least and _relieve(tokens_EG, load_G, usable_EG, shared):
         pass
     return tokens_EG
 

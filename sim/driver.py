@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from moesim.predictors import Forecast, Ids, Oracle, PastStep, Seen
 from moesim.sim.dispatch import Ints, send_matrix
 from moesim.sim.policies import Policy
 from moesim.sim.residency import Transfer
 from moesim.traces import InputError, StepTokens
-from numpy.typing import NDArray
 
 HISTORY_STEPS = 64
 """Past steps that a predictor may look back on; bounds the memory of a long run."""

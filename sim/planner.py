@@ -6,8 +6,9 @@ Pure numpy, knows nothing about time, files or devices. Shape letters: E experts
 from __future__ import annotations
 
 import numpy as np
-from moesim.sim.residency import EMPTY
 from numpy.typing import NDArray
+
+from moesim.sim.residency import EMPTY
 
 Ids = NDArray[np.int32]
 
@@ -59,8 +60,8 @@ def _make_room(placed: Ids, used_G: NDArray[np.integer], expert: int) -> int:
 def eplb(load_E: NDArray[np.floating], gpus: int, slots: int) -> Ids:
     """[G, S] all G x S slots filled: hottest experts replicated, then packed.
 
-    Source: DeepSeek's expert-parallel load balancer, flat variant: a further replica goes to the expert with the largest
-    load per replica. Deviation: an expert has at most one replica on a GPU, where the published code may put two.
+    Source: DeepSeek's expert-parallel load balancer, flat variant: a further replica goes to the expert with the
+    largest load per replica. Deviation: an expert has at most one replica on a GPU, the published code may put two.
     """
     experts = len(load_E)
     copies_E = np.ones(experts, np.int64)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from moesim.traces.errors import InputError, PolicyError
 from numpy.typing import NDArray
+
+from moesim.traces.errors import InputError, PolicyError
 
 EMPTY = -1
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from moesim.traces import InputError
 
 PHASES = ("attention", "decide", "communication", "experts", "blocked")

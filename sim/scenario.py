@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from moesim.sim.dispatch import Ints
 from moesim.sim.residency import Cluster
 from moesim.traces import (
@@ -20,7 +22,6 @@ from moesim.traces import (
     batches,
     split_requests,
 )
-from numpy.typing import NDArray
 
 STACK_OF_PHASE = {Phase.ENCODER: "encoder", Phase.PREFILL: "decoder", Phase.DECODE: "decoder"}
 

@@ -25,7 +25,7 @@ def make_spec(layers=3, experts=8, **changes):
 
 
 def make_table(requests=16, length=32, layers=3, experts=8, top_k=1, seed=0, phase=0, noise=0.2, skew=1.3):
-    """Tokens whose experts follow from their vocabulary id and from the layer before, with noise: predictable, skewed."""
+    """Tokens whose experts follow from their vocabulary id and from the layer before, with noise: predictable."""
     rng = np.random.default_rng(seed)
     T = requests * length
     token = rng.zipf(skew, T) % 50

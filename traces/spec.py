@@ -94,8 +94,8 @@ class ModelSpec:
         if not isinstance(data["stacks"], list | tuple):
             raise TraceError("model spec: 'stacks' must be a list")
         stacks = []
-        for item in data["stacks"]:
-            item = _checked(StackSpec, item, "stack")
+        for entry in data["stacks"]:
+            item = _checked(StackSpec, entry, "stack")
             layers = item["moe_layers"]
             if not isinstance(layers, list | tuple) or not all(type(i) is int for i in layers):
                 raise TraceError("stack: 'moe_layers' must be a list of integers")

@@ -55,9 +55,8 @@ class TokenTable:
         if self.topk_ids.ndim != 3:
             raise TraceError(f"topk_ids must have shape [T, L, K], got {list(self.topk_ids.shape)}")
         T, L, K = self.topk_ids.shape
-        expected = {"topk_weights": (T, L, K), "dropped": (T, L)} | {
-            name: (T,) for name in ("token_id", "request", "position", "step", "phase")
-        }
+        per_token = dict.fromkeys(("token_id", "request", "position", "step", "phase"), (T,))
+        expected: dict[str, tuple[int, ...]] = {"topk_weights": (T, L, K), "dropped": (T, L), **per_token}
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise TraceError(f"{name} must have shape {list(shape)}, got {list(getattr(self, name).shape)}")
@@ -89,9 +88,7 @@ def concat(tables: list[TokenTable]) -> TokenTable:
     if any(table.arrays().keys() != names for table in tables):
         raise TraceError("the parts of a trace do not have the same columns")
     try:
-        return TokenTable(
-            **{name: np.concatenate([table.arrays()[name] for table in tables]) for name in names}  # type: ignore[arg-type]
-        )
+        return TokenTable(**{name: np.concatenate([table.arrays()[name] for table in tables]) for name in names})
     except ValueError as error:
         raise TraceError(f"the parts of a trace do not fit together: {error}") from None
 

@@ -10,16 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from moesim.predictors import PREDICTORS, Predictor
 from moesim.sim.dispatch import Split, even_split, exact_split
 from moesim.sim.planner import contiguous, pack
 from moesim.sim.policies.rules import Never, Periodic, Replicate, Rule, Target
 from moesim.sim.residency import EMPTY, Cluster, Residency
 from moesim.traces import InputError, TokenTable, load_LE
-from numpy.typing import NDArray
 
 Placement = Callable[[Cluster, NDArray[np.int64]], NDArray[np.int32]]
 """(cluster, fitted load_LE) -> experts [L, G, layer_slots], EMPTY in the replica slots."""
+
+NEVER = Never()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,7 @@ class Recipe:
     summary: str
     placement: Placement
     predictor: str | None = None
-    rule: Rule = Never()
+    rule: Rule = NEVER
     split: Split = exact_split
     simulated_only: bool = False
     """True for bounds that no machine can reach."""
@@ -52,7 +55,7 @@ class Policy:
         return residency
 
 
-def contiguous_placement(cluster: Cluster, load_LE: NDArray[np.int64]) -> NDArray[np.int32]:
+def contiguous_placement(cluster: Cluster, _load_LE: NDArray[np.int64]) -> NDArray[np.int32]:
     """Experts in order of their number, whatever their load."""
     one = contiguous(cluster.experts, cluster.gpus, cluster.layer_slots)
     return np.broadcast_to(one, (cluster.layers, *one.shape))
@@ -87,7 +90,7 @@ POLICIES: dict[str, Recipe] = {
         rule=Replicate(next_batch=False),
     ),
     "predictive-batch": Recipe(
-        summary="replicate the next batch's hot experts, forecast from its queued tokens (arXiv 2605.11537, true router)",
+        summary="replicate the next batch's hot experts, forecast from queued tokens (arXiv 2605.11537, true router)",
         placement=balanced_placement,
         predictor="token-table",
         rule=Replicate(next_batch=True),

@@ -1,8 +1,8 @@
 """Transfer rules: what to copy where, when. A rule sees a forecast and the residency, never the truth.
 
-Decision point p of a step lies after p layers have routed: 0 is the start, L comes after the last router. Between point
-p and the routing of layer p the expert phase of layer p-1 and the attention of layer p pass: that is the window in which
-a transfer for layer p hides.
+Decision point p of a step lies after p layers have routed: 0 is the start, L comes after the last router. Between
+point p and the routing of layer p lie the expert phase of layer p-1 and the attention of layer p: the window in which a
+transfer for layer p hides.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from moesim.predictors import Forecast
 from moesim.sim.planner import eplb, replicas
 from moesim.sim.residency import EMPTY, Residency, Transfer
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

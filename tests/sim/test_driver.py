@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import make_spec, make_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import make_spec, make_table
 from moesim.sim.driver import DecisionLog, Driver
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.scenario import make_scenario, rank_counts
@@ -23,7 +23,7 @@ def scenario(gpus=2, extra_slots=1, batch_tokens=64, **table):
 
 
 def run(scene, name, *, arrive=True, until=None, change=None):
-    """All steps; copies arrive at once or never. `change` may alter the routing of a (step, layer) before it is seen."""
+    """All steps; copies arrive at once or never. `change` may alter the routing of a step before it is seen."""
     log = DecisionLog()
     driver = Driver(make_policy(name, scene.cluster, scene.fit), log)
     sends = []
@@ -94,7 +94,7 @@ def mean_balance(sends):
 
 
 def test_policies_rank_as_they_should_on_predictable_routing():
-    scene = scenario(gpus=4, requests=64, noise=0.1, batch_tokens=128)
+    scene = scenario(gpus=4, requests=160, noise=0.1, batch_tokens=128)
     balance = {name: mean_balance(run(scene, name)[2]) for name in POLICIES}
     assert balance["balanced"] < balance["eplb"] < balance["oracle"]
     assert balance["balanced"] < balance["predictive-layer"] <= balance["oracle"] + 0.01
