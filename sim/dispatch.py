@@ -55,15 +55,26 @@ def send_matrix(counts_GE: Ints, tokens_EG: Ints) -> Ints:
     """
     gpus, experts = counts_GE.shape
     assert (counts_GE.sum(axis=0) == tokens_EG.sum(axis=1)).all(), "the split does not carry the tokens"
-    local_GE = np.minimum(counts_GE, tokens_EG.T)
     send = np.zeros((gpus, experts, gpus), np.int64)
-    send[np.arange(gpus), :, np.arange(gpus)] = local_GE
-    have_GE, want_EG = counts_GE - local_GE, tokens_EG - local_GE.T
+    at_once = (tokens_EG > 0).sum(axis=1) == 1
+    send[:, at_once, tokens_EG[at_once].argmax(axis=1)] = counts_GE[:, at_once]
+    split = np.flatnonzero((tokens_EG > 0).sum(axis=1) > 1)
+    if len(split):
+        send[:, split] = _match(counts_GE[:, split], tokens_EG[split])
+    return send
+
+
+def _match(counts_GX: Ints, tokens_XG: Ints) -> Ints:
+    """[G_from, X, G_to] the sends of experts whose tokens are split."""
+    gpus = len(counts_GX)
+    local_GX = np.minimum(counts_GX, tokens_XG.T)
+    have_GX, want_XG = counts_GX - local_GX, tokens_XG - local_GX.T
     # Both sides laid end to end per expert: the overlap of two intervals is what one rank sends to one replica.
-    have_end, want_end = np.cumsum(have_GE, axis=0), np.cumsum(want_EG, axis=1)
+    have_end, want_end = np.cumsum(have_GX, axis=0), np.cumsum(want_XG, axis=1)
     upper = np.minimum(have_end[:, :, None], want_end[None, :, :])
-    lower = np.maximum((have_end - have_GE)[:, :, None], (want_end - want_EG)[None, :, :])
-    send += np.maximum(upper - lower, 0)
+    lower = np.maximum((have_end - have_GX)[:, :, None], (want_end - want_XG)[None, :, :])
+    send = np.maximum(upper - lower, 0)
+    send[np.arange(gpus), :, np.arange(gpus)] += local_GX
     return send
 
 

@@ -1,9 +1,10 @@
-"""The house rules, read from the code itself: direction of imports, what may import torch and simpy, what the wheel holds."""
+"""The house rules, read from the code: direction of imports, who imports torch and simpy, what the wheel holds."""
 
 import ast
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def modules(folder):
 def imports(path, *, lazy_too=True):
     """Names of the modules that a file imports; without `lazy_too` only those imported when it is."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(f)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
     found = set()
     for node in ast.walk(tree):
         if node in inside and not lazy_too:
@@ -43,9 +45,10 @@ def test_imports_point_one_way(folder):
 def test_only_recording_and_backend_import_torch():
     for folder in ORDER:
         for path in modules(folder):
-            allowed = folder == "backend" or path.relative_to(ROOT).as_posix() in ("traces/record.py", "traces/routers.py")
+            name = path.relative_to(ROOT).as_posix()
+            allowed = folder == "backend" or name in ("traces/record.py", "traces/routers.py")
             roots = {name.split(".")[0] for name in imports(path, lazy_too=not allowed)}
-            assert allowed or not roots & TORCH, f"{path.relative_to(ROOT)} imports {roots & TORCH}"
+            assert allowed or not roots & TORCH, f"{name} imports {roots & TORCH}"
 
 
 def test_only_the_engine_imports_simpy():
@@ -90,15 +93,13 @@ def test_the_packages_listed_are_the_packages_there():
 
 def test_the_wheel_holds_every_module_and_profile(tmp_path):
     source = tmp_path / "source"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
     for name in listed:
         if name.startswith((*(f + "/" for f in ORDER), "pyproject.toml", "README.md", "LICENSE")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
-    subprocess.run(build, check=True, capture_output=True)
-    import zipfile
-
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", tmp_path, source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"moesim/{n}" for n in listed if n.split("/")[0] in ORDER and n.endswith((".py", ".json", "py.typed"))}
