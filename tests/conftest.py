@@ -1,6 +1,13 @@
-"""Makes `tests/helpers.py` importable as `helpers` under importlib mode."""
+"""Makes `tests/helpers.py` importable under importlib mode, and keeps torch to one thread.
 
+One thread: tests run two at a time on two cores, and threads that wait for each other make them crawl. The variables
+are set before torch is first imported, and subprocesses inherit them.
+"""
+
+import os
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moesim.traces import ModelSpec, StackSpec, TokenTable
+from moesim.traces import ModelSpec, StackSpec, TokenTable, id_dtype
 
 
 def make_spec(layers=3, experts=8, **changes):
@@ -38,7 +38,7 @@ def make_table(requests=16, length=32, layers=3, experts=8, top_k=1, seed=0, pha
     for k in range(1, top_k):
         ids[:, :, k] = (ids[:, :, 0] + k) % experts
     return TokenTable(
-        topk_ids=ids.astype(np.uint8),
+        topk_ids=ids.astype(id_dtype(experts)),
         topk_weights=np.full((T, layers, top_k), 0.5, np.float16),
         dropped=rng.random((T, layers)) < 0.02,
         token_id=token.astype(np.int32),
