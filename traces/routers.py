@@ -114,7 +114,7 @@ class SwitchAdapter:
         dtype: torch.dtype = router.module.dtype  # type: ignore[assignment]
         ids = torch.softmax(logits, dim=-1, dtype=dtype).to(inputs.dtype).argmax(dim=-1, keepdim=True)
         kept = mask.gather(-1, ids).squeeze(-1).bool()
-        if not torch.equal(kept, mask.any(dim=-1)):
+        if not torch.equal(kept, mask.sum(dim=-1).bool()):
             raise InputError(
                 "the router's dispatch mask is not its own argmax: this version of transformers routes in a way that "
                 "moesim does not know; install transformers>=5.18,<6"
