@@ -72,7 +72,7 @@ def record(
     contents = recording.read_texts(list(texts))
     if out.exists() and not force:
         raise InputError(f"{out} exists already; choose another name, or replace it with --force")
-    loaded, tokenizer = recording.load_model(model, device=pick_device(device), dtype=dtype)
+    loaded, tokenizer = recording.load_model(model, device=recording.pick_device(device), dtype=dtype)
     with progress_bar("recording requests") as progress:
         recording.record(loaded, tokenizer, contents, out, options, source=model, overwrite=force, progress=progress)
     trace = Trace.open(out)
@@ -81,16 +81,6 @@ def record(
         return
     parts = [f"{n:,} {phase}" for phases in trace.counts().values() for phase, n in phases.items()]
     click.echo(f"{out}: {len(trace.request_texts)} requests, tokens: {', '.join(parts)}")
-
-
-def pick_device(device: str) -> str:
-    """'auto' becomes cuda where there is one. Raises InputError where cuda is asked for and absent."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return ("cuda" if there else "cpu") if device == "auto" else device
 
 
 @contextlib.contextmanager

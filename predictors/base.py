@@ -74,5 +74,13 @@ def tokens_of(seen: Seen, queued: bool) -> StepTokens:
 
 def from_probabilities(p_TE: NDArray[np.float64], top_k: int) -> Forecast:
     """Forecast from each token's expert probabilities (rows sum to 1): loads add up, ids are the K most probable."""
-    topk = np.argsort(-p_TE, axis=1, kind="stable")[:, :top_k]
-    return Forecast(load=p_TE.sum(axis=0) * top_k, topk=topk)
+    return Forecast(load=p_TE.sum(axis=0) * top_k, topk=most_probable(p_TE, top_k))
+
+
+def most_probable(p_TE: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """[T, count] the experts with the highest values, highest first; ties to the lowest id where count is 1."""
+    if count == 1:
+        return np.asarray(p_TE.argmax(axis=1)[:, None])
+    some = np.argpartition(-p_TE, count - 1, axis=1)[:, :count]
+    order = np.argsort(-np.take_along_axis(p_TE, some, axis=1), axis=1, kind="stable")
+    return np.asarray(np.take_along_axis(some, order, axis=1))

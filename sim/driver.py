@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -137,18 +137,19 @@ class Driver:
             forecast = predictor.forecast(seen, target.layer, queued=target.queued)
             self._forecasts[self._step + target.queued, target.layer] = forecast
             moves += rule.transfers(target, forecast, self.residency)
-        self._begin(moves, point)
-        return moves
+        return self._begin(moves, point)
 
-    def _begin(self, moves: list[Transfer], point: int) -> None:
-        if not moves:
-            return
+    def _begin(self, wanted: list[Transfer], point: int) -> list[Transfer]:
+        if not wanted:
+            return []
+        moves = [replace(t, serial=self.scores.transfers + i) for i, t in enumerate(wanted)]
         self.residency.begin(moves)
         self._in_flight = {t for t in self._in_flight if self.residency.holds(t)} | set(moves)
         self.scores.transfers += len(moves)
         if self._sink:
             listed = [asdict(t) for t in moves]
             self._sink({"decision": "transfers", "step": self._step, "point": point, "transfers": listed})
+        return moves
 
     def _score(self, layer: int, ids_TK: Ids) -> None:
         forecast = self._forecasts.pop((self._step, layer), None)

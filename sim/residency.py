@@ -62,6 +62,8 @@ class Transfer:
     slot: int
     blocking: bool = False
     """True: the executor goes on only when it has arrived (demand). False: computation overlaps it (prefetch)."""
+    serial: int = 0
+    """Which of several equal transfers this is; the driver numbers them, so that a late copy is not taken for a new."""
     free: bool = False
     """True: arrives at once and costs nothing. Only bounds use it, only the simulator accepts it."""
 
@@ -75,6 +77,7 @@ class Residency:
         shape = (cluster.layers, cluster.experts, cluster.gpus)
         self.layer_GS: NDArray[np.int32] = np.full((cluster.gpus, slots), EMPTY, np.int32)
         self.expert_GS: NDArray[np.int32] = np.full((cluster.gpus, slots), EMPTY, np.int32)
+        self.serial_GS: NDArray[np.int64] = np.full((cluster.gpus, slots), EMPTY, np.int64)
         self.usable_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
         self.coming_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
 
@@ -102,7 +105,8 @@ class Residency:
         for t in transfers:
             self._check(t)
         touched = {t.layer for t in transfers} | {int(self.layer_GS[t.target, t.slot]) for t in transfers}
-        before = (self.layer_GS.copy(), self.expert_GS.copy(), self.usable_LEG.copy(), self.coming_LEG.copy())
+        state = ("layer_GS", "expert_GS", "serial_GS", "usable_LEG", "coming_LEG")
+        before = {name: getattr(self, name).copy() for name in state}
         try:
             for t in transfers:
                 self._evict(t.target, t.slot)
@@ -112,10 +116,12 @@ class Residency:
                 if self.layer_GS[t.target, t.slot] != EMPTY:
                     raise PolicyError(f"two transfers want slot {t.slot} of GPU {t.target}")
                 self._fill(t.target, t.slot, t.layer, t.expert)
+                self.serial_GS[t.target, t.slot] = t.serial
                 self.coming_LEG[t.layer, t.expert, t.target] = True
             self._check_nothing_lost(touched - {EMPTY})
         except PolicyError:
-            self.layer_GS, self.expert_GS, self.usable_LEG, self.coming_LEG = before
+            for name, array in before.items():
+                setattr(self, name, array)
             raise
 
     def arrived(self, t: Transfer) -> bool:
@@ -128,7 +134,8 @@ class Residency:
 
     def holds(self, t: Transfer) -> bool:
         """True while the transfer's slot is still its own."""
-        return bool(self.layer_GS[t.target, t.slot] == t.layer and self.expert_GS[t.target, t.slot] == t.expert)
+        there = (self.layer_GS[t.target, t.slot], self.expert_GS[t.target, t.slot], self.serial_GS[t.target, t.slot])
+        return there == (t.layer, t.expert, t.serial)
 
     def slot(self, layer: int, expert: int, gpu: int) -> int:
         """The slot of `gpu` that holds the expert. Raises KeyError where none does."""

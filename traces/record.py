@@ -62,6 +62,14 @@ class Request:
     prompt: list[int]
 
 
+def pick_device(device: str) -> str:
+    """'auto' becomes cuda where there is one. Raises InputError where cuda is asked for and absent."""
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return ("cuda" if there else "cpu") if device == "auto" else device
+
+
 def load_model(name: str, *, device: str, dtype: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a hub id or a local folder, in eval mode. Raises InputError in one line where it fails."""
     release = tuple(int(part) for part in version("transformers").split(".")[:2])

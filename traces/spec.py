@@ -5,12 +5,18 @@ The shapes here are what the cost model needs to turn token counts into bytes an
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from moesim.traces.errors import TraceError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+SHAPES: dict[str, dict[str, int]] = {
+    "switch-base": {"d_model": 768, "d_ff": 3072, "num_heads": 12, "d_kv": 64},
+    "switch-large": {"d_model": 1024, "d_ff": 4096, "num_heads": 16, "d_kv": 64},
+}
+"""Widths of published models (Fedus et al. 2021, table 9), to ask what a recorded routing would cost at their size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +80,19 @@ class ModelSpec:
                 return stack
         known = ", ".join(stack.name for stack in self.stacks)
         raise TraceError(f"the model has no stack {name!r}; it has: {known}")
+
+    def with_shapes(self, name: str) -> ModelSpec:
+        """The same routing in a model of other widths. Raises TraceError listing the known ones."""
+        if name not in SHAPES:
+            raise TraceError(f"unknown shapes {name!r}; known: {', '.join(SHAPES)}")
+        wider = SHAPES[name]
+        return replace(
+            self,
+            d_model=wider["d_model"],
+            d_ff=wider["d_ff"],
+            num_heads=wider["num_heads"],
+            d_kv=wider["d_kv"],
+        )
 
     def expert_params(self) -> int:
         """Weights of one expert: two matrices, three where the expert is gated."""

@@ -102,7 +102,7 @@ POLICIES: dict[str, Recipe] = {
         rule=Replicate(next_batch=True),
     ),
     "oracle": Recipe(
-        summary="perfect forecast and copies that cost nothing: a bound, in the simulator only",
+        summary="perfect forecast and copies that cost nothing: what forecasting can gain, in the simulator only",
         placement=balanced_placement,
         predictor="oracle",
         rule=Replicate(next_batch=False, free=True),

@@ -32,6 +32,16 @@ def test_a_replica_is_usable_only_after_it_has_arrived():
     assert residency.usable_LEG[0, 0, 1] and not residency.coming_LEG[0, 0, 1]
 
 
+def test_a_late_copy_is_not_taken_for_an_equal_one_that_was_issued_after_it():
+    residency = placed()
+    first, other, again = move(serial=1), move(expert=1, serial=2), move(serial=3)
+    for t in (first, other, again):
+        residency.begin([t])
+    assert not residency.arrived(first)
+    assert not residency.usable_LEG[0, 0, 1]
+    assert residency.arrived(again)
+
+
 def test_a_copy_whose_slot_was_given_away_never_arrives():
     residency = placed()
     first, second = move(), move(expert=1)

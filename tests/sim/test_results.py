@@ -11,6 +11,8 @@ from moesim.traces import InputError
 
 CONFIG = {
     "family": "switch",
+    "d_model": 16,
+    "d_ff": 32,
     "phase": "encoder",
     "gpus": 2,
     "extra_slots": 1,

@@ -1,0 +1,81 @@
+"""`moesim calibrate`: measure this machine and write the profile that `moesim simulate` reads."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from moesim.backend.job import DTYPES, Job, check_options
+from moesim.backend.launch import check_device, launch
+from moesim.cli.run_gpu import progress_bar
+from moesim.sim.profile import HardwareProfile, load_profile
+from moesim.traces import InputError
+
+
+@click.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--ranks", type=int, default=2, show_default=True, help="Processes, one a GPU or core, all at work at once."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Profile to write, JSON.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of the steps in which the policies' decisions are timed.",
+)
+@click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
+def calibrate(
+    model: Path | None, ranks: int, device: str, out: Path, dtype: str, batch_tokens: int, extra_slots: int
+) -> None:
+    """Measure experts, attention, links and decisions on this machine, with the shapes of MODEL, and write a profile.
+
+    Uses random tokens, never a trace. Without MODEL a small random one is measured: rates then hold for its shapes.
+
+    \b
+    moesim calibrate models/switch-mini --ranks 2 --out here.json
+    moesim simulate mini.moetrace --policy all --profile here.json --gpus 2
+    """
+    with tempfile.TemporaryDirectory(prefix="moesim-calibrate-") as folder, progress_bar() as report:
+        job = Job(
+            kind="calibrate",
+            folder=folder,
+            model=str(model or ""),
+            ranks=ranks,
+            device="cpu",
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            extra_slots=extra_slots,
+        )
+        check_options(job)
+        launch(replace(job, device=check_device(device, ranks)), report)
+        profile = replace(load_profile(job.result_file), name=out.stem)
+    try:
+        profile.save(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+    click.echo(summary(profile, out))
+
+
+def summary(profile: HardwareProfile, out: Path) -> str:
+    """A few lines for people."""
+    gpu, links = profile.gpu, profile.links
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in gpu.matmul_flops_per_s.items())
+    lines = [
+        f"{out}: {profile.provenance.device}",
+        f"experts: {1e6 * gpu.launch_s:.0f} us + {1e6 * gpu.expert_s:.0f} us an expert, {rates} "
+        f"x {gpu.matmul_efficiency:.0%}, weights {gpu.hbm_bytes_per_s / 1e9:,.1f} GB/s",
+        f"attention: {1e6 * gpu.attention.launch_s:.0f} us a layer, {gpu.attention.efficiency:.0%} of the rate",
+        f"all-to-all: {1e6 * links.all_to_all.latency_s:.0f} us, {links.all_to_all.bytes_per_s / 1e9:,.2f} GB/s",
+    ]
+    if links.p2p:
+        lines.append(f"copies: {1e6 * links.p2p.latency_s:.0f} us, {links.p2p.bytes_per_s / 1e9:,.2f} GB/s")
+    lines.append("decision point: " + ", ".join(f"{name} {1e6 * s:.0f} us" for name, s in profile.decide_s.items()))
+    lines.append(profile.provenance.notes)
+    return "\n".join(lines)

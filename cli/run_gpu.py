@@ -1,0 +1,233 @@
+"""`moesim run-gpu`: policies on real devices, or on CPU ranks, with the same inputs and in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from moesim.backend.job import DTYPES, Job, check_options
+from moesim.backend.launch import Progress as Report
+from moesim.backend.launch import check_device, launch, under_torchrun
+from moesim.cli.report import print_results, results_json
+from moesim.sim.policies import POLICIES, recipe
+from moesim.sim.results import Result, load_results, save_results
+from moesim.sim.scenario import STACK_OF_PHASE
+from moesim.traces import InputError, MoesimError, Phase
+
+RUNNABLE = [name for name, parts in POLICIES.items() if not parts.simulated_only]
+DEFAULT_RANKS = 2
+RECORD_TOKENS = 60_000
+"""Most tokens that are recorded where there is no trace."""
+
+file_option = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("run-gpu")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--policy", required=True, help=f"Comma-separated, or all: {', '.join(RUNNABLE)}.")
+@click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
+@click.option("--ranks", type=int, help="Processes, one a GPU or core.  [default: 2; under torchrun its own number]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--trace", type=click.Path(path_type=Path), help="Requests to run, recorded from the same model.")
+@click.option(
+    "--text",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help=f"Text to record ({RECORD_TOKENS:,} tokens at most) where there is no --trace.  [default: MODEL/samples]",
+)
+@click.option("--batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens a step.")
+@click.option(
+    "--phase", type=click.Choice([p.name.lower() for p in Phase]), default="encoder", show_default=True,
+    help="decode is not available yet.",
+)  # fmt: skip
+@click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Run only the first steps.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="Counted passes over all steps per policy.")
+@click.option("--warmup", type=int, default=1, show_default=True, help="Passes before them that are not counted.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
+@click.option("--out", type=file_option, help="Write the results here, for moesim compare.")
+@click.option("--decision-log", type=file_option, help="Write the policies' decisions, as JSON lines.")
+def run_gpu(
+    model: Path,
+    policy: str,
+    baseline: str,
+    ranks: int | None,
+    device: str,
+    trace: Path | None,
+    text: tuple[Path, ...],
+    batch_tokens: int,
+    phase: str,
+    extra_slots: int,
+    max_steps: int | None,
+    repeats: int,
+    warmup: int,
+    dtype: str,
+    as_json: bool,
+    out: Path | None,
+    decision_log: Path | None,
+) -> None:
+    """Run policies with the Switch model in folder MODEL, expert-parallel over ranks, and print measured speedups.
+
+    Policies are fitted on the even requests of the trace and run on the odd ones. The baseline is always run too, and
+    all policies take turns in the same processes, so that the ratios come from one run. Starts its ranks itself, or
+    joins those of torchrun. The median repeat is reported; every rank holds the whole model in host memory.
+
+    \b
+    moesim run-gpu models/switch-mini --policy predictive-batch --ranks 2
+    moesim run-gpu models/switch-mini --trace mini.moetrace --policy all --ranks 4 --device cuda --out measured.json
+    torchrun --nproc-per-node 2 --no-python moesim run-gpu models/switch-mini --trace mini.moetrace --policy eplb
+    """
+    size = _ranks(ranks)
+    with tempfile.TemporaryDirectory(prefix="moesim-run-") as folder:
+        job = Job(
+            kind="run",
+            folder=folder,
+            model=str(model),
+            ranks=size,
+            device="cpu",
+            dtype=dtype,
+            trace=str(trace or ""),
+            phase=phase,
+            policies=_policies(policy, baseline),
+            batch_tokens=batch_tokens,
+            extra_slots=extra_slots,
+            max_steps=max_steps,
+            repeats=repeats,
+            warmup=warmup,
+            decisions=decision_log is not None,
+        )
+        check_options(job)
+        results = _run(job, check_device(device, size), text)
+        if results is None:
+            return
+        _keep(job, results, out, decision_log)
+    if as_json:
+        click.echo(json.dumps(results_json(results, baseline), indent=1))
+    else:
+        print_results(results, baseline)
+        click.echo(_footnote(results[0]))
+
+
+def _run(job: Job, device: str, text: tuple[Path, ...]) -> list[Result] | None:
+    """The results, or None in a rank of torchrun that has nothing to print."""
+    if under_torchrun():
+        if not job.trace:
+            raise InputError("under torchrun give --trace: the ranks cannot all record")
+        return _join(replace(job, device=device))
+    with tempfile.TemporaryDirectory(prefix="moesim-trace-") as recorded, progress_bar() as report:
+        if not job.trace:
+            job = replace(job, trace=str(_record(job, text, Path(recorded), report)))
+        else:
+            _check_trace(job)
+        launch(replace(job, device=device), report)
+    return load_results(job.result_file)
+
+
+def _join(job: Job) -> list[Result] | None:
+    """Be one of torchrun's ranks. On an error the process ends at once: a thread that waits for a rank that is gone
+    would keep it alive."""
+    from moesim.backend import ranks as groups
+    from moesim.backend.session import run_policies
+
+    try:
+        ranks = groups.join(job.device)
+        results = run_policies(job, ranks)
+        groups.leave()
+    except MoesimError as error:
+        click.echo("Error: " + " ".join(str(error).split()), err=True)
+        sys.stderr.flush()
+        os._exit(2)
+    return results if ranks.rank == 0 else None
+
+
+def _record(job: Job, text: tuple[Path, ...], folder: Path, report: Report) -> Path:
+    """Record the texts (or the model's samples) with this model into a trace in `folder`."""
+    from moesim.traces import record as recording
+
+    samples = Path(job.model) / "samples"
+    if not text and not samples.is_dir():
+        raise InputError(f"nothing to run: give --trace or --text ({samples} does not exist)")
+    contents = recording.read_texts(list(text) or [samples])
+    model, tokenizer = recording.load_model(job.model, device="cpu", dtype=job.dtype)
+    options = recording.RecordOptions(max_tokens=RECORD_TOKENS, lookahead=0)
+    return recording.record(
+        model,
+        tokenizer,
+        contents,
+        folder / "run.moetrace",
+        options,
+        source=job.model,
+        progress=lambda done, total: report(done / total, "recording the text"),
+    )
+
+
+@contextmanager
+def progress_bar() -> Iterator[Report]:
+    """A bar on stderr where that is a terminal; yields the function that moves it."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("starting ranks", total=1.0)
+
+        def report(done: float, what: str) -> None:
+            progress.update(task, completed=done, description=what)
+
+        yield report
+
+
+def _ranks(asked: int | None) -> int:
+    if not under_torchrun():
+        return DEFAULT_RANKS if asked is None else asked
+    world = int(os.environ["WORLD_SIZE"])
+    if asked not in (None, world):
+        raise InputError(f"--ranks {asked}, but torchrun started {world} ranks: leave --ranks out")
+    return world
+
+
+def _policies(policy: str, baseline: str) -> tuple[str, ...]:
+    asked = RUNNABLE if policy.strip() == "all" else [name.strip() for name in policy.split(",") if name.strip()]
+    if not asked:
+        raise InputError(f"--policy names no policy; known: {', '.join(RUNNABLE)}")
+    for name in (baseline, *asked):
+        recipe(name)
+    return tuple(dict.fromkeys([baseline, *asked]))
+
+
+def _check_trace(job: Job) -> None:
+    """Raise TraceError before any rank starts where the trace is not there or lacks the stack."""
+    from moesim.traces.store import Trace
+
+    Trace.open(Path(job.trace)).spec.stack(STACK_OF_PHASE[Phase[job.phase.upper()]])
+
+
+def _keep(job: Job, results: list[Result], out: Path | None, decision_log: Path | None) -> None:
+    try:
+        if out:
+            save_results(results, out)
+        if decision_log:
+            decision_log.parent.mkdir(parents=True, exist_ok=True)
+            with decision_log.open("w", encoding="utf-8") as file:
+                for name in job.policies:
+                    for line in job.decision_file(name).read_text(encoding="utf-8").splitlines():
+                        decision = {"policy": name, **json.loads(line)}
+                        file.write(json.dumps(decision, sort_keys=True, separators=(",", ":")) + "\n")
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from None
+
+
+def _footnote(result: Result) -> str:
+    c = result.config
+    return (
+        f"measured: {c['ranks']} {c['device']} ranks on {c['device_name']} ({c['backend']}, threads a rank: "
+        f"{c['threads_per_rank']}), true router, median of {c['repeats']} repeats after {c['warmup']} to warm up, "
+        "policies interleaved."
+    )

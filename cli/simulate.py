@@ -1,0 +1,199 @@
+"""`moesim simulate`: policies on a simulated node, from a recorded trace. Starts without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from moesim.cli.report import print_results, results_json
+from moesim.sim.engine import simulate as run_simulation
+from moesim.sim.policies import POLICIES, make_policy, recipe
+from moesim.sim.profile import HardwareProfile, load_profile, shipped_profiles
+from moesim.sim.results import Result, save_results
+from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
+from moesim.traces import InputError, ModelSpec, Phase
+from moesim.traces.spec import DTYPE_BYTES, SHAPES
+
+INTERRUPTED = 130
+
+file_option = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.option("--policy", required=True, help=f"Comma-separated, or all: {', '.join(POLICIES)}.")
+@click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
+@click.option("--profile", required=True, help=f"A file of moesim calibrate, or: {', '.join(shipped_profiles())}.")
+@click.option("--gpus", type=int, help="GPUs of the profile to use.  [default: all]")
+@click.option("--batch-tokens", type=int, default=2048, show_default=True, help="Tokens a step; in decode: requests.")
+@click.option("--phase", type=click.Choice([p.name.lower() for p in Phase]), help="[default: encoder, else prefill]")
+@click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Run only the first steps.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Weights and activations.  [default: as recorded]")
+@click.option(
+    "--shapes",
+    type=click.Choice(list(SHAPES)),
+    help="Cost the recorded routing in a model of these widths.  [default: own]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
+@click.option("--out", type=file_option, help="Write the results here, for moesim compare; kept on Ctrl-C.")
+@click.option("--event-log", type=file_option, help="Write what happens when, as JSON lines.")
+@click.option("--decision-log", type=file_option, help="Write the policies' decisions, as JSON lines.")
+def simulate(
+    trace: Path,
+    policy: str,
+    baseline: str,
+    profile: str,
+    gpus: int | None,
+    batch_tokens: int,
+    phase: str | None,
+    extra_slots: int,
+    max_steps: int | None,
+    dtype: str | None,
+    shapes: str | None,
+    as_json: bool,
+    out: Path | None,
+    event_log: Path | None,
+    decision_log: Path | None,
+) -> None:
+    """Simulate policies on the requests of TRACE and print their speedup over a baseline.
+
+    Policies are fitted on the even requests of the trace and run on the odd ones. The baseline is always run too.
+
+    \b
+    moesim simulate mini.moetrace --policy all --profile 8xH100-NVLink
+    moesim simulate mini.moetrace --policy all --profile 8xA100-NVLink --gpus 4 --shapes switch-base --dtype bfloat16
+    moesim simulate mini.moetrace --policy eplb --profile here.json --gpus 2 --phase decode --json
+    moesim simulate mini.moetrace --policy all --profile here.json --gpus 2 --out simulated.json
+    """
+    names = policy_names(policy, baseline)
+    hardware = load_profile(profile)
+    gpus = hardware.gpus if gpus is None else gpus
+    hardware.check_gpus(gpus)
+    spec, table_of = _open(trace)
+    if shapes:
+        spec = spec.with_shapes(shapes)
+    which = Phase[phase.upper()] if phase else default_phase(spec)
+    scenario = make_scenario(
+        spec,
+        table_of(STACK_OF_PHASE[which]),
+        phase=which,
+        gpus=gpus,
+        batch_tokens=batch_tokens,
+        extra_slots=extra_slots,
+        max_steps=max_steps,
+    )
+    results: list[Result] = []
+    with ExitStack() as stack:
+        events, decisions = (stack.enter_context(_opened(path)) for path in (event_log, decision_log))
+        try:
+            for result in _run_all(names, scenario, hardware, dtype, events, decisions):
+                results.append(result)
+                if out:
+                    _save(results, out)
+        except KeyboardInterrupt:
+            click.echo(_interrupted(results, out), err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+    if as_json:
+        click.echo(json.dumps(results_json(results, baseline), indent=1))
+    else:
+        print_results(results, baseline)
+
+
+def policy_names(policy: str, baseline: str) -> list[str]:
+    """The baseline, then the policies of a comma-separated list (or all), each once. Raises InputError for an unknown
+    name."""
+    asked = list(POLICIES) if policy.strip() == "all" else [name.strip() for name in policy.split(",") if name.strip()]
+    names = list(dict.fromkeys([baseline, *asked]))
+    for name in names:
+        recipe(name)
+    if not asked:
+        raise InputError(f"--policy names no policy; known: {', '.join(POLICIES)}")
+    return names
+
+
+def default_phase(spec: ModelSpec) -> Phase:
+    """The encoder where the model has one, else prefill."""
+    return Phase.ENCODER if any(stack.name == "encoder" for stack in spec.stacks) else Phase.PREFILL
+
+
+def _open(path: Path) -> tuple[ModelSpec, Callable[[str], Any]]:
+    from moesim.traces.store import Trace  # reads safetensors: --help does without
+
+    trace = Trace.open(path)
+    return trace.spec, trace.table
+
+
+def _run_all(
+    names: list[str],
+    scenario: Scenario,
+    hardware: HardwareProfile,
+    dtype: str | None,
+    events: TextIO | None,
+    decisions: TextIO | None,
+) -> Iterator[Result]:
+    """Simulate one policy after the other, with a progress bar where stderr is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        for name in names:
+            task = progress.add_task(name, total=len(scenario.batches))
+            happened: list[dict[str, Any]] | None = [] if events else None
+            result = run_simulation(
+                scenario,
+                make_policy(name, scenario.cluster, scenario.fit),
+                hardware,
+                sink=partial(_write, decisions, name) if decisions else None,
+                dtype=dtype,
+                event_log=happened,
+                progress=partial(_tick, progress, task),
+            )
+            for event in happened or ():
+                _write(events, name, event)
+            yield result
+
+
+def _tick(progress: Progress, task: TaskID, done: int) -> None:
+    progress.update(task, completed=done)
+
+
+def _write(file: TextIO | None, policy: str, record: dict[str, Any]) -> None:
+    assert file is not None, "only called where there is a log"
+    file.write(json.dumps({"policy": policy, **record}, sort_keys=True, separators=(",", ":")) + "\n")
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    with file:
+        yield file
+
+
+def _save(results: list[Result], out: Path) -> None:
+    try:
+        save_results(results, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _interrupted(results: list[Result], out: Path | None) -> str:
+    if not out:
+        return "Interrupted; nothing is kept (--out FILE keeps the policies that are done)."
+    if not results:
+        return "Interrupted before the first policy was done; nothing is kept."
+    return f"Interrupted; kept in {out}: {', '.join(result.policy for result in results)}."

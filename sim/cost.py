@@ -1,0 +1,116 @@
+"""The cost model: seconds of each phase from token counts, a model spec and a hardware profile. Pure functions.
+
+Every term is a launch overhead plus a roofline, max(FLOPs / rate, bytes / HBM); a GPU without tokens costs nothing. Not
+in the model: embedding and output head, activations' HBM traffic, copies slowing the all-to-all down or the reverse.
+Shape letters: E experts, G GPUs, L MoE layers. Knows nothing about time or policies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.sim.dispatch import Ints
+from moesim.sim.profile import Gpu, Link
+from moesim.traces import ModelSpec, Phase, StackSpec, StepTokens
+from moesim.traces.spec import DTYPE_BYTES
+
+Seconds = NDArray[np.float64]
+
+
+def expert_seconds(tokens_EG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str) -> Seconds:
+    """[G] one layer's experts: launch + expert_s x distinct + max(their weights / HBM, tiled FLOPs / rate).
+
+    Every expert's tokens are rounded up to whole tiles. At few tokens the weights dominate and a replica costs another
+    read of them; at many the FLOPs do and a replica pays.
+    """
+    distinct_G = (tokens_EG > 0).sum(axis=0)
+    rows_G = (-(-tokens_EG // gpu.tile_rows)).sum(axis=0) * gpu.tile_rows
+    read_G = distinct_G * spec.expert_bytes(dtype) / gpu.hbm_rate
+    compute_G = rows_G * (2 * spec.expert_params()) / gpu.matmul_rate(dtype)
+    total_G = gpu.launch_s + gpu.expert_s * distinct_G + np.maximum(read_G, compute_G)
+    return np.where(distinct_G > 0, total_G, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTokens:
+    """What data-parallel attention computes on each rank in a step."""
+
+    tokens_G: Ints
+    """[G] tokens, queries of the self attention."""
+    pairs_G: Ints
+    """[G] query-key pairs: sum over requests of length squared; in decode the sum of the context lengths."""
+    cached_G: Ints
+    """[G] positions whose keys and values are read from the KV cache, 0 outside decode."""
+
+
+def rank_tokens(tokens: StepTokens, rank_T: Ints, gpus: int, phase: Phase) -> RankTokens:
+    """Count what each rank attends over.
+
+    Encoder and prefill: a request's tokens in the step are its whole length, and all n^2 pairs are computed (a causal
+    kernel that skips half of them is not assumed). Decode: one query over position + 1 cached positions.
+    """
+    tokens_G = np.bincount(rank_T, minlength=gpus)
+    if phase is Phase.DECODE:
+        cached_G = np.zeros(gpus, np.int64)
+        np.add.at(cached_G, rank_T, tokens.position.astype(np.int64) + 1)
+        return RankTokens(tokens_G=tokens_G, pairs_G=cached_G, cached_G=cached_G)
+    _, first, length = np.unique(tokens.request, return_index=True, return_counts=True)
+    pairs_G = np.zeros(gpus, np.int64)
+    np.add.at(pairs_G, rank_T[first], length.astype(np.int64) ** 2)
+    return RankTokens(tokens_G=tokens_G, pairs_G=pairs_G, cached_G=np.zeros(gpus, np.int64))
+
+
+def layer_seconds(ranks: RankTokens, gpu: Gpu, spec: ModelSpec, dtype: str, *, moe: bool, cross: bool) -> Seconds:
+    """[G] attention and dense parts of one layer: attention.launch + max(FLOPs / rate, (weights + KV cache) / HBM).
+
+    `moe`: a layer with experts has its router and shared experts here; a dense layer has one FFN of an expert's shape.
+    `cross`: the decoder of an encoder-decoder attends to the encoder as well. How long the encoder's input was is not
+    in the trace; it is taken to be as long as what self attention sees. In decode its keys and values are cached.
+    """
+    size, inner = DTYPE_BYTES[dtype], spec.num_heads * spec.d_kv
+    projection = spec.d_model * inner  # one of the matrices Q, K, V, O
+    experts = spec.shared_experts if moe else 1
+    ffn = experts * spec.expert_params() + (spec.d_model * spec.num_experts if moe else 0)
+    T, pairs, cached = ranks.tokens_G, ranks.pairs_G, ranks.cached_G
+    flops_G = 2 * T * (4 * projection + ffn) + 4 * pairs * inner
+    read_G = (4 * projection + ffn) * size + 2 * cached * inner * size
+    if cross:
+        # Q and O of the decoder's tokens; K and V of the encoder's, once, in prefill.
+        of_encoder = np.where(cached > 0, 0, T)
+        flops_G = flops_G + 2 * (T + of_encoder) * 2 * projection + 4 * pairs * inner
+        read_G = read_G + 4 * projection * size + 2 * cached * inner * size
+    total_G = gpu.attention.launch_s + np.maximum(flops_G / gpu.attention_rate(dtype), read_G / gpu.hbm_rate)
+    return np.where(T > 0, total_G, 0.0)
+
+
+def dense_layers_before(stack: StackSpec) -> tuple[int, ...]:
+    """[L] dense layers whose time counts to each MoE layer: those just before it, and for the last those after it."""
+    ends = [*stack.moe_layers]
+    starts = [-1, *ends[:-1]]
+    between = [end - start - 1 for start, end in zip(starts, ends, strict=True)]
+    between[-1] += stack.num_layers - 1 - ends[-1]
+    return tuple(between)
+
+
+def attention_seconds(ranks: RankTokens, stack: StackSpec, gpu: Gpu, spec: ModelSpec, dtype: str) -> Seconds:
+    """[L, G] what runs between the experts of one MoE layer and the router of the next, see `dense_layers_before`."""
+    cross = stack.name == "decoder" and len(spec.stacks) == 2
+    moe_G = layer_seconds(ranks, gpu, spec, dtype, moe=True, cross=cross)
+    dense_G = layer_seconds(ranks, gpu, spec, dtype, moe=False, cross=cross)
+    return moe_G + np.array(dense_layers_before(stack))[:, None] * dense_G
+
+
+def all_to_all_seconds(send_GG: Ints, link: Link, spec: ModelSpec, dtype: str) -> float:
+    """One all-to-all: latency + the most bytes that a GPU sends or receives / bandwidth; nothing on one GPU.
+
+    `send_GG` [from, to] hidden vectors; what stays on its GPU is not sent. A token whose K experts share a GPU is sent
+    K times, as moesim's own executor does. The collective synchronises, so it costs its latency even when empty.
+    """
+    if len(send_GG) == 1:
+        return 0.0
+    away_GG = send_GG - np.diag(np.diag(send_GG))
+    most = max(int(away_GG.sum(axis=0).max()), int(away_GG.sum(axis=1).max()))
+    return link.seconds(most * spec.d_model * DTYPE_BYTES[dtype])

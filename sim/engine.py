@@ -1,0 +1,272 @@
+"""The simulated executor: SimPy at phase granularity.
+
+Within a step the barriers of its layers make a chain, so one process runs the phases one after the other, with the G
+GPUs' times computed in numpy. What is asynchronous are copies of experts: each is a process of its own that queues for
+links. Everything is deterministic: events at equal times keep the order in which they were scheduled, and arrivals come
+before the decision or dispatch that falls on the same instant.
+
+The step, decision points and copies are those of docs/architecture.md; the policy really decides, in no simulated time
+unless the profile says how long it takes. Copies and all-to-alls do not slow each other down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import simpy
+
+from moesim.sim.cost import all_to_all_seconds, attention_seconds, expert_seconds, rank_tokens
+from moesim.sim.dispatch import Ints
+from moesim.sim.driver import Driver, Sink
+from moesim.sim.policies import Policy
+from moesim.sim.profile import HardwareProfile, Link, Links
+from moesim.sim.residency import Transfer
+from moesim.sim.results import PHASES, Result, StepRecord
+from moesim.sim.scenario import Scenario, StepInput, rank_counts
+from moesim.traces import InputError
+
+DEMAND, PREFETCH = 0, 1
+"""Priorities on a link; equal ones in order of arrival. What a link has begun to carry is not interrupted."""
+
+Steps = Generator[Any, Any, None]
+Log = Callable[..., None]
+
+
+def simulate(
+    scenario: Scenario,
+    policy: Policy,
+    profile: HardwareProfile,
+    *,
+    sink: Sink | None = None,
+    dtype: str | None = None,
+    event_log: list[dict[str, Any]] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Run all steps of `scenario` under `policy` on the simulated node.
+
+    `dtype` of weights and activations (default: the recorded one). `sink` takes the decisions, `event_log` the events,
+    JSON objects in order of `time_s`, an event being written when it ends; `progress` is told the steps done. Raises
+    InputError where the profile has too few GPUs, too little memory, or no rate for the dtype.
+    """
+    dtype = dtype or scenario.spec.dtype
+    _check_fits(scenario, profile, dtype)
+    run = _Run(scenario, Driver(policy, sink), profile, dtype, event_log)
+    run.env.run(until=run.env.process(run.all_steps(progress)))
+    config = {
+        **scenario.config(),
+        "dtype": dtype,
+        "profile": profile.name,
+        "profile_kind": profile.provenance.kind,
+        "profile_device": profile.provenance.device,
+        "decide_s": profile.decide_s.get(policy.name),
+        "moesim": version("moesim"),
+    }
+    return Result(
+        kind="simulated", policy=policy.name, config=config, steps=run.records, scores=run.driver.scores.summary()
+    )
+
+
+def _check_fits(scenario: Scenario, profile: HardwareProfile, dtype: str) -> None:
+    cluster, stack = scenario.cluster, scenario.spec.stack(scenario.stack)
+    profile.check_gpus(cluster.gpus)
+    profile.gpu.matmul_rate(dtype)
+    if len(stack.moe_layers) != cluster.layers:
+        raise InputError(f"the trace has {cluster.layers} MoE layers, its {stack.name} has {len(stack.moe_layers)}")
+    need = cluster.layers * cluster.layer_slots * scenario.spec.expert_bytes(dtype)
+    if need > profile.gpu.memory_bytes:
+        raise InputError(
+            f"the expert slots need {need / 2**30:.1f} GiB on each GPU, profile {profile.name} has "
+            f"{profile.gpu.memory_bytes / 2**30:.1f} GiB; use more GPUs, fewer extra slots or a smaller dtype"
+        )
+
+
+class _Run:
+    """One simulation: the process that runs the steps, and what it counts."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        driver: Driver,
+        profile: HardwareProfile,
+        dtype: str,
+        events: list[dict[str, Any]] | None,
+    ) -> None:
+        self.scenario, self.driver, self.dtype = scenario, driver, dtype
+        self.gpu, self.links, self.spec = profile.gpu, profile.links, scenario.spec
+        self.decide_s = profile.decide_s.get(driver.policy.name, 0.0)
+        self.env = simpy.Environment()
+        self.records: list[StepRecord] = []
+        self._events = events
+        expert_bytes = scenario.spec.expert_bytes(dtype)
+        self.copies = _Copies(self.env, driver, profile.links, scenario.cluster.gpus, expert_bytes, self._log)
+
+    def all_steps(self, progress: Callable[[int], None] | None) -> Steps:
+        """The process of the run."""
+        for number, step in enumerate(self.scenario.steps()):
+            yield from self._step(number, step)
+            if progress:
+                progress(number + 1)
+
+    def _step(self, number: int, step: StepInput) -> Steps:
+        cluster, begin = self.scenario.cluster, float(self.env.now)
+        self._where: dict[str, Any] = {"step": number, "layer": None}
+        self._phase_s = dict.fromkeys(PHASES, 0.0)
+        self._busy_G = np.zeros(cluster.gpus)
+        self.copies.moved_bytes = self.copies.hidden_bytes = 0
+        load_LG: list[list[int]] = []
+        ranks = rank_tokens(step.tokens, step.rank, cluster.gpus, self.scenario.phase)
+        stack = self.spec.stack(self.scenario.stack)
+        attention_LG = attention_seconds(ranks, stack, self.gpu, self.spec, self.dtype)
+
+        truth = (step.ids, step.queued_ids)
+        yield from self._decided(partial(self.driver.begin_step, step.tokens, queued=step.queued, truth=truth))
+        for layer in range(cluster.layers):
+            self._where["layer"] = layer
+            yield from self._compute("attention", attention_LG[layer])
+            ids_TK = step.ids[:, layer]
+            yield from self._decided(partial(self.driver.routed, ids_TK))
+            self.copies.needed(layer)
+            counts_GE = rank_counts(ids_TK, step.dropped[:, layer], step.rank, cluster)
+            send_GEG = self.driver.dispatch(counts_GE)
+            load_LG.append(send_GEG.sum(axis=(0, 1)).tolist())
+            yield from self._experts(send_GEG)
+        self.driver.end_step()
+        self.records.append(
+            StepRecord(
+                duration_s=float(self.env.now) - begin,
+                tokens=len(step.tokens),
+                phase_s=self._phase_s,
+                load_LG=load_LG,
+                busy_s=self._busy_G.tolist(),
+                moved_bytes=self.copies.moved_bytes,
+                hidden_bytes=self.copies.hidden_bytes,
+            )
+        )
+
+    def _decided(self, decide: Callable[[], list[Transfer]]) -> Steps:
+        """A decision point: the time to decide, then the transfers begin, then the blocking ones are waited for."""
+        yield from self._phase("decide", self.decide_s)
+        yield self.env.timeout(0)  # what arrives at this instant has arrived
+        blocking = self.copies.start(decide())
+        if blocking:
+            begin = float(self.env.now)
+            yield simpy.AllOf(self.env, blocking)
+            yield self.env.timeout(0)  # what arrives at this instant has arrived
+            self._passed("blocked", float(self.env.now) - begin)
+
+    def _experts(self, send_GEG: Ints) -> Steps:
+        """All-to-all, experts, all-to-all; the way back is the transposed matrix, which takes as long."""
+        exchange_s = all_to_all_seconds(send_GEG.sum(axis=1), self.links.all_to_all, self.spec, self.dtype)
+        yield from self._phase("communication", exchange_s)
+        tokens_EG = send_GEG.sum(axis=0)
+        yield from self._compute("experts", expert_seconds(tokens_EG, self.gpu, self.spec, self.dtype))
+        yield from self._phase("communication", exchange_s)
+
+    def _compute(self, phase: str, seconds_G: Any) -> Steps:
+        """A phase that lasts as long as its slowest GPU; the others idle."""
+        self._busy_G += seconds_G
+        yield from self._phase(phase, float(seconds_G.max()), gpu_s=seconds_G)
+
+    def _phase(self, phase: str, seconds: float, gpu_s: Any = None) -> Steps:
+        if seconds > 0:
+            yield self.env.timeout(seconds)
+            self._passed(phase, seconds, gpu_s)
+
+    def _passed(self, phase: str, seconds: float, gpu_s: Any = None) -> None:
+        self._phase_s[phase] += seconds
+        if self._events is not None:
+            detail = {} if gpu_s is None else {"gpu_s": gpu_s.tolist()}
+            self._log(phase, **self._where, duration_s=seconds, **detail)
+
+    def _log(self, what: str, **detail: Any) -> None:
+        if self._events is not None:
+            self._events.append({"time_s": float(self.env.now), "what": what, **detail})
+
+
+@dataclass(slots=True)
+class _Copies:
+    """Copies under way, the links that they queue for, and their bytes.
+
+    A copy holds all its links at once and takes them in one fixed order (egress of the source before ingress of the
+    target; shared roots by number), so copies cannot wait for each other in a circle; one that has its first link keeps
+    it idle while it queues for the second. A copy is *hidden* when nobody
+    waited for it and it was of use: not blocking, in its slot before its layer next dispatched, and the slot still its
+    own. One that is late, or whose slot was given away meanwhile, counts as moved only. Free transfers move no bytes;
+    copies still under way when the run ends are not counted.
+    """
+
+    env: Any
+    driver: Driver
+    links: Links
+    gpus: int
+    expert_bytes: int
+    log: Log
+    moved_bytes: int = 0
+    hidden_bytes: int = 0
+    _out_G: list[Any] = field(init=False)
+    _in_G: list[Any] = field(init=False)
+    _link: Link = field(init=False)
+    _started: int = 0
+    _pending: dict[int, Transfer] = field(default_factory=dict)
+    """Number of a copy, in order of issue, to its transfer."""
+    _late: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        shared = self.links.host.shared_by if self.links.p2p is None else 1
+        self._link = self.links.p2p or self.links.host.link
+        queues = [simpy.PriorityResource(self.env) for _ in range(-(-self.gpus // shared))]
+        self._out_G = [queues[gpu // shared] for gpu in range(self.gpus)]
+        # Through the host a copy occupies the roots of both GPUs, which may be the same one.
+        one_way = self.links.p2p is not None
+        self._in_G = [simpy.PriorityResource(self.env) for _ in range(self.gpus)] if one_way else self._out_G
+
+    def start(self, moves: Iterable[Transfer]) -> list[Any]:
+        """Issue the transfers that the driver has begun; returns the processes of the blocking ones."""
+        blocking = []
+        for t in moves:
+            where = {"layer": t.layer, "expert": t.expert, "source": t.source, "target": t.target, "slot": t.slot}
+            if t.free:
+                self.driver.arrived(t)
+                self.log("transfer free", **where)
+                continue
+            number, self._started = self._started, self._started + 1
+            self._pending[number] = t
+            self.log("transfer issued", number=number, blocking=t.blocking, **where)
+            process = self.env.process(self._copy(number, t))
+            if t.blocking:
+                blocking.append(process)
+        return blocking
+
+    def needed(self, layer: int) -> None:
+        """`layer` dispatches now: its copies that are still under way are late."""
+        self._late.update(number for number, t in self._pending.items() if t.layer == layer)
+
+    def _copy(self, number: int, t: Transfer) -> Steps:
+        held = []
+        for link in self._path(t):
+            request = link.request(priority=DEMAND if t.blocking else PREFETCH)
+            yield request
+            held.append((link, request))
+        self.log("transfer begins", number=number)
+        yield self.env.timeout(self._link.seconds(self.expert_bytes))
+        for link, request in held:
+            link.release(request)
+        del self._pending[number]
+        useful = number not in self._late and self.driver.residency.holds(t)
+        self._late.discard(number)
+        self.moved_bytes += self.expert_bytes
+        self.hidden_bytes += self.expert_bytes if useful and not t.blocking else 0
+        self.driver.arrived(t)
+        self.log("transfer ends", number=number)
+
+    def _path(self, t: Transfer) -> list[Any]:
+        first, second = self._out_G[t.source], self._in_G[t.target]
+        if self.links.p2p is not None:
+            return [first, second]
+        low, high = sorted((t.source, t.target))
+        return [self._out_G[low]] if first is second else [self._out_G[low], self._out_G[high]]

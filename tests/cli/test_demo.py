@@ -1,0 +1,49 @@
+"""The whole pipeline as `make demo` runs it, small: what it leaves behind, and that both sides decided alike."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from moesim.cli import main
+from moesim.sim.policies import POLICIES
+from moesim.sim.results import load_results
+from moesim.traces.store import Trace
+
+MODEL = Path(__file__).parents[2] / "models/switch-mini"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    arguments = ["demo", "--model", MODEL, "--out", out, "--device", "cpu", "--max-tokens", 8000, "--batch-tokens", 512]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_it_ends_with_the_comparison(demo):
+    out, told = demo
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert comparison["baseline"] == "contiguous"
+    assert all(row["measured"] > 0 and row["simulated"] > 0 for row in comparison["rows"])
+    assert "Speedup over contiguous: simulated beside measured" in told
+    assert "error" in told
+
+
+def test_it_leaves_trace_results_and_picture(demo):
+    out, _ = demo
+    assert list(Trace.open(out / "trace.moetrace").verify())
+    assert {r.policy for r in load_results(out / "simulated.json")} == set(POLICIES)
+    assert {r.kind for r in load_results(out / "measured.json")} == {"measured"}
+    assert (out / "load.png").read_bytes().startswith(b"\x89PNG") and (out / "load.png").stat().st_size > 10_000
+
+
+def test_simulated_and_measured_runs_computed_the_same_tokens(demo):
+    out, _ = demo
+    simulated = {r.policy: r for r in load_results(out / "simulated.json")}
+    for result in load_results(out / "measured.json"):
+        if result.policy == "contiguous":
+            ours = [step.load_LG for step in simulated["contiguous"].steps]
+            assert [step.load_LG for step in result.steps] == ours

@@ -1,0 +1,177 @@
+"""`moesim simulate` as a user sees it: tables, JSON, files, errors in one line, Ctrl-C."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from helpers import make_spec, make_table
+from moesim.cli import main
+from moesim.sim.policies import POLICIES
+from moesim.sim.profile import load_profile
+from moesim.sim.results import load_results
+from moesim.traces import Phase
+from moesim.traces.store import TraceWriter
+
+NODE = "8xH100-NVLink"
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "small.moetrace"
+    with TraceWriter(path, make_spec(), {}) as writer:
+        writer.append("encoder", make_table(requests=20))
+    return path
+
+
+def run(*arguments, trace):
+    return CliRunner().invoke(main, ["simulate", str(trace), *map(str, arguments)])
+
+
+def test_the_tables_and_their_footnotes(trace):
+    result = run("--policy", "all", "--profile", NODE, "--batch-tokens", 64, "--dtype", "bfloat16", trace=trace)
+    assert result.exit_code == 0, result.output
+    for name in POLICIES:
+        assert result.stdout.count(f"│ {name} ") == 3
+    for words in (
+        "Speedup over contiguous (simulated)",
+        "encoder of switch, 8 GPUs, 64 tokens a batch, 5 steps, 320 tokens",
+        "bfloat16; fitted on even requests, run on odd ones",
+        "8xH100-NVLink (from spec sheets, not measured: NVIDIA H100 SXM5 80 GB)",
+        "time of decisions: not modelled",
+    ):
+        assert words in result.stdout
+    assert result.stderr == ""
+
+
+def test_json_is_all_that_is_on_stdout(trace):
+    options = ["--policy", "oracle,eplb", "--baseline", "balanced", "--profile", NODE, "--gpus", 2, "--json"]
+    result = run(*options, "--batch-tokens", 64, trace=trace)
+    data = json.loads(result.stdout)
+    assert data["baseline"] == "balanced" and data["config"]["gpus"] == 2
+    assert [entry["policy"] for entry in data["results"]] == ["balanced", "oracle", "eplb"]
+    base, oracle, _ = data["results"]
+    assert base["speedup"] == 1
+    seconds = [sum(entry["phase_s"].values()) for entry in (base, oracle)]
+    assert oracle["speedup"] == pytest.approx(seconds[0] / seconds[1])
+    assert {"balancedness_mean_of_ratios", "balancedness_ratio_of_sums", "recall"} <= oracle["metrics"].keys()
+
+
+def test_a_measured_profile_is_called_measured_and_its_decisions_are_charged(trace, tmp_path):
+    path = tmp_path / "here.json"
+    load_profile(NODE).save(path)
+    data = json.loads(path.read_text())
+    data["provenance"]["kind"] = "measured"
+    data["decide_s"] = {"contiguous": 0.0, "eplb": 0.5}
+    path.write_text(json.dumps(data))
+    result = run("--policy", "eplb", "--profile", path, "--batch-tokens", 64, trace=trace)
+    assert "(measured on NVIDIA H100" in result.stdout and "time of decisions: modelled" in result.stdout
+    result = run("--policy", "eplb", "--profile", path, "--batch-tokens", 64, "--json", trace=trace)
+    base, eplb = json.loads(result.stdout)["results"]
+    assert base["phase_s"]["decide"] == 0 and eplb["phase_s"]["decide"] == pytest.approx(0.5 * 4 * 5)
+    result = run("--policy", "eplb,oracle", "--profile", path, "--batch-tokens", 64, trace=trace)
+    assert "time of decisions: not modelled for oracle" in result.stdout
+
+
+def test_results_and_logs_are_written(trace, tmp_path):
+    files = {name: tmp_path / "deep" / name for name in ("out", "event-log", "decision-log")}
+    options = [part for name, path in files.items() for part in (f"--{name}", path)]
+    result = run("--policy", "oracle", "--profile", NODE, "--max-steps", 2, *options, trace=trace)
+    assert result.exit_code == 0, result.output
+    results = load_results(files["out"])
+    assert [r.policy for r in results] == ["contiguous", "oracle"]
+    assert all(r.kind == "simulated" and len(r.steps) <= 2 for r in results)
+    events, decisions = (
+        [json.loads(line) for line in files[name].read_text().splitlines()] for name in ("event-log", "decision-log")
+    )
+    assert {event["policy"] for event in events} == {"contiguous", "oracle"}
+    assert {"attention", "experts", "communication"} <= {event["what"] for event in events}
+    assert {decision["decision"] for decision in decisions} == {"dispatch", "transfers"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "best"], "unknown policy 'best'; known: contiguous, balanced"),
+        (["--policy", "eplb", "--baseline", "none"], "unknown policy 'none'"),
+        (["--policy", ","], "--policy names no policy"),
+        (["--policy", "eplb", "--profile", "9xB300"], "no profile '9xB300'"),
+        (["--policy", "eplb", "--gpus", "9"], "has 8 GPUs, 9 cannot"),
+        (["--policy", "eplb", "--gpus", "0"], "has 8 GPUs, 0 cannot"),
+        (["--policy", "eplb", "--batch-tokens", "0"], "batch tokens must be at least 1"),
+        (["--policy", "eplb", "--extra-slots", "-1"], "extra slots must not be negative"),
+        (["--policy", "eplb", "--phase", "decode"], "no decoder tokens were recorded"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(trace, options, message):
+    profile = [] if "--profile" in options else ["--profile", NODE]
+    result = run(*profile, *options, trace=trace)
+    assert result.exit_code == 2 and message in result.stderr
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_files_that_cannot_be_read_or_written(trace, tmp_path):
+    result = run("--policy", "eplb", "--profile", NODE, trace=tmp_path / "none.moetrace")
+    assert result.exit_code == 2 and "none.moetrace" in result.stderr
+    (tmp_path / "file").write_text("")
+    for option in ("--out", "--event-log", "--decision-log"):
+        result = run("--policy", "eplb", "--profile", NODE, option, tmp_path / "file" / "x", trace=trace)
+        assert result.exit_code == 2 and "cannot be written" in result.stderr
+
+
+def test_a_model_without_encoder_is_simulated_in_prefill(tmp_path):
+    spec = make_spec()
+    decoder = spec.to_dict()
+    decoder["stacks"][0]["name"] = "decoder"
+    path = tmp_path / "decoder.moetrace"
+    with TraceWriter(path, spec.from_dict(decoder), {}) as writer:
+        writer.append("decoder", make_table(phase=Phase.PREFILL))
+    result = run("--policy", "eplb", "--profile", NODE, "--json", trace=path)
+    assert json.loads(result.stdout)["config"]["phase"] == "prefill"
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0, "before the first policy"), (1, "kept in")])
+def test_ctrl_c_keeps_what_is_done_and_says_so(trace, tmp_path, monkeypatch, after, kept):
+    import moesim.cli.simulate as command
+
+    simulated = command.run_simulation
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+
+        def stop(_done):
+            if len(calls) > after:
+                raise KeyboardInterrupt
+
+        return simulated(*args, **{**kwargs, "progress": stop})
+
+    monkeypatch.setattr(command, "run_simulation", interrupted)
+    out = tmp_path / "out.json"
+    result = run("--policy", "all", "--profile", NODE, "--out", out, trace=trace)
+    assert result.exit_code == 130 and kept in result.stderr
+    assert out.exists() == bool(after)
+    if after:
+        assert [r.policy for r in load_results(out)] == ["contiguous"] and "contiguous" in result.stderr
+
+
+def test_ctrl_c_without_out_says_that_nothing_is_kept(trace, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moesim.cli.simulate.run_simulation", interrupted)
+    result = run("--policy", "all", "--profile", NODE, trace=trace)
+    assert result.exit_code == 130 and "nothing is kept" in result.stderr
+
+
+def test_simulating_never_imports_torch(trace):
+    code = (
+        "import sys\nfrom moesim.cli import main\n"
+        f"main(['simulate', {str(trace)!r}, '--policy', 'all', '--profile', {NODE!r}], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,74 @@
+"""The command line as scripts know it: commands and options are frozen here, so that a change is a decision."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from moesim.cli import main
+
+SURFACE = {
+    "record": "--model --text --out --device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate "
+    "--lookahead --force --json",
+    "trace info": "--json",
+    "trace verify": "--json",
+    "simulate": "",
+    "run-gpu": "",
+    "calibrate": "",
+    "compare": "--baseline --json --out",
+    "demo": "--model --out --ranks --device --max-tokens --batch-tokens",
+}
+
+
+def commands(group=main, prefix=""):
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def options(command):
+    return " ".join(p.opts[-1] for p in command.params if isinstance(p, click.Option))
+
+
+def test_commands_and_options_are_frozen():
+    assert {name: options(command) for name, command in commands()} == SURFACE
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_help_has_an_example(name):
+    result = CliRunner().invoke(main, [*name.split(), "--help"])
+    assert result.exit_code == 0
+    assert f"moesim {name}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["simulate", "none.moetrace", "--policy", "best", "--profile", "8xH100-NVLink"], "unknown policy 'best'"),
+        (["simulate", "none.moetrace", "--policy", "all", "--profile", "8xH100-NVLink"], "no trace there"),
+        (["trace", "verify", "none.moetrace"], "no trace there"),
+        (["compare", "a.json", "b.json"], "a.json: cannot be read"),
+        (["demo", "--model", "nothing"], "nothing/samples: no such folder"),
+        (["run-gpu", "nothing", "--policy", "balanced", "--ranks", "2"], "nothing"),
+        (["run-gpu", "nothing", "--policy", "oracle", "--ranks", "2"], "oracle"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_the_installed_command_runs():
+    told = subprocess.check_output(
+        [sys.executable, "-c", "from moesim.cli import main; main(['--version'])"], text=True
+    )
+    assert "version 0.1.0" in told

@@ -1,0 +1,83 @@
+"""A node with round numbers, a rule that does as it is told, and a recording that fits them: schedules by hand."""
+
+import numpy as np
+
+from helpers import make_spec
+from moesim.sim.policies import Policy, Recipe, Target, contiguous_placement, make_policy
+from moesim.sim.profile import Attention, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
+from moesim.sim.scenario import make_scenario
+from moesim.traces import Phase, TokenTable
+
+MS = 1e-3
+P2P = Link(latency_s=0.5 * MS, bytes_per_s=1.024e6)
+"""An expert of the test model (4096 bytes) takes 4.5 ms."""
+
+
+def node(*, p2p=P2P, shared_by=1, hbm=1e18, gpus=8, decide_s=None, a2a=None, launch=0.25 * MS, memory=2**30):
+    """2048 FLOPs (a token in an expert of the test model) a millisecond, a token's vector (64 bytes) a millisecond."""
+    return HardwareProfile(
+        name="test",
+        provenance=Provenance(kind="spec-sheet", device="none", date="-"),
+        gpus=gpus,
+        gpu=Gpu(
+            memory_bytes=memory,
+            hbm_bytes_per_s=hbm,
+            matmul_flops_per_s={"float32": 2.048e6},
+            tile_rows=1,
+            launch_s=launch,
+            expert_s=0.0,
+            attention=Attention(launch_s=0.0, efficiency=1.0),
+        ),
+        links=Links(
+            p2p=p2p,
+            host=HostLink(latency_s=0.5 * MS, bytes_per_s=1.024e6, shared_by=shared_by),
+            all_to_all=a2a or Link(latency_s=1 * MS, bytes_per_s=64e3),
+        ),
+        decide_s=decide_s or {},
+    )
+
+
+class Scripted:
+    """A rule that issues given transfers at given (step, point), whatever is forecast."""
+
+    def __init__(self, moves):
+        self.moves = moves
+        self.at = None
+
+    def targets(self, step, point, layers):
+        self.at = (step, point)
+        return [Target(layer=0)] if self.at in self.moves else ()
+
+    def transfers(self, target, forecast, residency):
+        return self.moves[self.at]
+
+
+def scripted(scene, moves):
+    parts = Recipe(summary="", placement=contiguous_placement, predictor="frequency", rule=Scripted(moves))
+    made = make_policy("predictive-batch", scene.cluster, scene.fit)
+    placed = contiguous_placement(scene.cluster, np.zeros((scene.cluster.layers, scene.cluster.experts), np.int64))
+    return Policy(
+        name="scripted", cluster=scene.cluster, recipe=parts, predictor=made.predictor, placed_LGS=np.array(placed)
+    )
+
+
+def two_layers(gpus=2, steps=1, extra_slots=1, phase=Phase.ENCODER):
+    """As many experts as GPUs, a request of 4 tokens on each GPU. Layer 0: every token stays on its GPU; layer 1: all
+    tokens go to expert 0."""
+    requests = 2 * gpus * steps
+    request = np.repeat(np.arange(requests), 4)
+    T = len(request)
+    ids = np.zeros((T, 2, 1), np.uint8)
+    ids[:, 0, 0] = request // 2 % gpus
+    table = TokenTable(
+        topk_ids=ids,
+        topk_weights=np.ones((T, 2, 1), np.float16),
+        dropped=np.zeros((T, 2), bool),
+        token_id=np.zeros(T, np.int32),
+        request=request.astype(np.int32),
+        position=np.tile(np.arange(4), requests).astype(np.int32),
+        step=np.zeros(T, np.int32),
+        phase=np.full(T, phase, np.uint8),
+    )
+    spec = make_spec(2, gpus)
+    return make_scenario(spec, table, phase=phase, gpus=gpus, batch_tokens=4 * gpus, extra_slots=extra_slots)
