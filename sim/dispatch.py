@@ -73,7 +73,7 @@ def _match(counts_GX: Ints, tokens_XG: Ints) -> Ints:
     have_end, want_end = np.cumsum(have_GX, axis=0), np.cumsum(want_XG, axis=1)
     upper = np.minimum(have_end[:, :, None], want_end[None, :, :])
     lower = np.maximum((have_end - have_GX)[:, :, None], (want_end - want_XG)[None, :, :])
-    send = np.maximum(upper - lower, 0)
+    send: Ints = np.maximum(upper - lower, 0)
     send[np.arange(gpus), :, np.arange(gpus)] += local_GX
     return send
 

