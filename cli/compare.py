@@ -64,16 +64,17 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def _phase_table(rows: list[Row], steps: int) -> Table:
-    table = Table(title="Milliseconds a step, simulated / measured", title_justify="left")
-    table.add_column("policy")
-    for phase in (*PHASES, "all"):
-        table.add_column(phase, justify="right")
+    """Policies one under the other, their phases as rows, so that it fits a narrow terminal."""
+    table = Table(title="Where the time goes, milliseconds a step on the critical path", title_justify="left")
+    for column in ("policy", "phase", "simulated", "measured"):
+        table.add_column(column, justify="left" if column in ("policy", "phase") else "right")
     for row in rows:
-        cells = [
-            f"{1e3 * row.simulated_phase_s[phase] / steps:.2f} / {1e3 * row.measured_phase_s[phase] / steps:.2f}"
-            for phase in PHASES
-        ]
-        all_phases = f"{1e3 * sum(row.simulated_phase_s.values()) / steps:.2f} / "
-        all_phases += f"{1e3 * sum(row.measured_phase_s.values()) / steps:.2f}"
-        table.add_row(row.policy, *cells, all_phases)
+        pairs = [(phase, row.simulated_phase_s[phase], row.measured_phase_s[phase]) for phase in PHASES]
+        pairs.append(("all", sum(row.simulated_phase_s.values()), sum(row.measured_phase_s.values())))
+        for phase, simulated, measured in pairs:
+            name = row.policy if phase == PHASES[0] else ""
+            last = phase == "all"
+            table.add_row(
+                name, phase, f"{1e3 * simulated / steps:.2f}", f"{1e3 * measured / steps:.2f}", end_section=last
+            )
     return table

@@ -69,10 +69,11 @@ def demo(
         "5. Simulate this machine",
         *("simulate", trace, "--policy", "all", "--profile", profile, "--gpus", ranks, *window, "--out", simulated),
     )
-    winner = best_policy(load_results(simulated))
+    winner, *others = ranking(load_results(simulated))
     step(
-        f"6. Run the winner, {winner}, and the baseline on this machine",
-        *("run-gpu", model, "--trace", trace, "--policy", winner, "--ranks", ranks, "--device", device, *window),
+        f"6. Run the winner, {winner}, the others and the baseline on this machine",
+        *("run-gpu", model, "--trace", trace, "--policy", ",".join([winner, *others])),
+        *("--ranks", ranks, "--device", device, *window),
         *("--out", measured),
     )
     step("7. Simulated beside measured", "compare", simulated, measured, "--out", out / "comparison.json")
@@ -80,10 +81,10 @@ def demo(
     console.print(f"\nAll files are in {out}; the picture is {picture}.", highlight=False)
 
 
-def best_policy(results: list[Result]) -> str:
-    """The fastest policy that a machine can run and that does not know the future; the baseline is not a candidate."""
+def ranking(results: list[Result]) -> list[str]:
+    """The policies that do not know the future, the fastest first; the baseline is not a candidate."""
     fair = [r for r in results if r.policy != BASELINE and POLICIES[r.policy].predictor != "oracle"]
-    return min(fair, key=lambda result: result.total_s).policy
+    return [result.policy for result in sorted(fair, key=lambda result: result.total_s)]
 
 
 def draw(results: list[Result], winner: str, out: Path) -> Path:

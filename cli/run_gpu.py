@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from moesim.backend.job import DTYPES, Job, check_options
+from moesim.backend.job import DTYPES, Job, check_options, model_config
 from moesim.backend.launch import Progress as Report
 from moesim.backend.launch import check_device, launch, under_torchrun
 from moesim.cli.report import print_results, results_json
@@ -203,10 +203,17 @@ def _policies(policy: str, baseline: str) -> tuple[str, ...]:
 
 
 def _check_trace(job: Job) -> None:
-    """Raise TraceError before any rank starts where the trace is not there or lacks the stack."""
+    """Raise InputError before any rank starts where the trace is not there, or was plainly recorded with another model."""
     from moesim.traces.store import Trace
 
-    Trace.open(Path(job.trace)).spec.stack(STACK_OF_PHASE[Phase[job.phase.upper()]])
+    spec, config = Trace.open(Path(job.trace)).spec, model_config(Path(job.model))
+    spec.stack(STACK_OF_PHASE[Phase[job.phase.upper()]])
+    for name in ("d_model", "d_ff", "num_experts", "vocab_size"):
+        if getattr(spec, name) != config.get(name):
+            raise InputError(
+                f"{job.trace} was recorded with another model: its {name} is {getattr(spec, name)}, that of "
+                f"{job.model} is {config.get(name)}; record this model"
+            )
 
 
 def _keep(job: Job, results: list[Result], out: Path | None, decision_log: Path | None) -> None:
