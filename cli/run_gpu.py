@@ -203,7 +203,7 @@ def _policies(policy: str, baseline: str) -> tuple[str, ...]:
 
 
 def _check_trace(job: Job) -> None:
-    """Raise InputError before any rank starts where the trace is not there, or was plainly recorded with another model."""
+    """Raise InputError before any rank starts where there is no trace or it was recorded with another model."""
     from moesim.traces.store import Trace
 
     spec, config = Trace.open(Path(job.trace)).spec, model_config(Path(job.model))

@@ -1,0 +1,267 @@
+"""Measures the terms of the cost model on this machine, with the executor's own code and all ranks at work at once.
+
+At once, so that what they share (cores, memory, the bus) is in the numbers. Inputs are random, never the ones that a
+run measures. Shape letters: E experts, G ranks, N samples, L MoE layers, D = d_model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moesim.backend.clock import clock_of
+from moesim.backend.fit import Compute, Floats, fit_gpu, fit_link, relative_error, without_noise
+from moesim.backend.job import Job
+from moesim.backend.measure import ATTENTION, DECIDE, GATHER
+from moesim.backend.parallel import Executor
+from moesim.backend.ranks import Ranks
+from moesim.backend.session import describe_device
+from moesim.backend.switch import load_model
+from moesim.backend.synthetic import random_model, synthetic_scenario
+from moesim.sim.cost import RankTokens, rank_tokens
+from moesim.sim.policies import POLICIES, make_policy
+from moesim.sim.profile import Gpu, HardwareProfile, HostLink, Link, Links, Provenance
+from moesim.sim.residency import Cluster
+from moesim.sim.scenario import Scenario
+from moesim.traces import InputError
+from moesim.traces.routers import adapter_of
+
+REQUEST_TOKENS = 128
+DECISION_STEPS = 9
+"""Steps a policy, the first not counted: with it EPLB lays out its experts once in the eight that are."""
+ATTENTION_SHAPES = ((1, 16), (16, 16), (1, 64), (4, 64), (16, 64), (1, 128), (4, 128), (8, 128), (16, 128), (4, 256))
+"""(requests a rank, tokens a request)."""
+EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024)
+ROWS = (0, 1, 8, 64, 256, 1024)
+"""Rows that each rank sends to each other one."""
+COPIES = (1 / 64, 1 / 8, 1, 4)
+"""Messages between two ranks, in experts."""
+REPEATS = 7
+
+
+@torch.inference_mode()
+def calibrate_ranks(job: Job, ranks: Ranks) -> None:
+    """Measure, and leave the profile in the job's result file. Raises InputError where the model cannot be used."""
+    job.say(ranks.rank, 0.0, "loading the model")
+    model: Any = load_model(Path(job.model), job.dtype) if job.model else random_model(job.dtype)
+    spec = adapter_of(model)[0].spec(model, adapter_of(model)[1])
+    if "encoder" not in [stack.name for stack in spec.stacks]:
+        raise InputError(f"{job.model}: calibration needs a model with MoE layers in its encoder")
+    stack = spec.stack("encoder")
+    cluster = Cluster(
+        layers=len(stack.moe_layers), experts=spec.num_experts, gpus=ranks.size, extra_slots=job.extra_slots
+    )
+    rng = np.random.default_rng(0)
+    requests = max(job.batch_tokens // REQUEST_TOKENS, 1)
+    work = synthetic_scenario(spec, cluster, [[REQUEST_TOKENS] * requests] * DECISION_STEPS, rng, job.batch_tokens)
+    executor = Executor(ranks, model, work)
+    decide_s = _decisions(job, executor, work)
+    shapes = [[tokens] * (count * ranks.size) for count, tokens in ATTENTION_SHAPES]
+    tokens_of_ranks, attention_s = _attention(
+        job, executor, synthetic_scenario(spec, cluster, shapes, rng, job.batch_tokens)
+    )
+    tokens_EN, experts_s = _experts(job, executor)
+    job.say(ranks.rank, 0.85, "links and memory")
+    nbytes_per_s = _memory_rate(ranks)
+    compute = Compute(
+        tokens_EN=tokens_EN,
+        experts_s=experts_s,
+        ranks=tokens_of_ranks,
+        attention_s=attention_s,
+        memory_bytes=_memory_bytes(ranks),
+        bytes_per_s=nbytes_per_s,
+        flops_per_s=_matmul_rate(ranks, job.dtype),
+    )
+    links = _links(executor, nbytes_per_s)
+    if ranks.rank == 0:
+        gpu = without_noise(fit_gpu(compute, spec, stack, job.dtype))
+        error = relative_error(gpu, compute, spec, stack, job.dtype)
+        _profile(job, ranks, gpu, links, decide_s, compute, error).save(job.result_file)
+
+
+def seconds_of(ranks: Ranks, work: Callable[[], object]) -> Floats:
+    """[G] median over the repeats of each rank's seconds for `work`, which all ranks begin together."""
+    clock = clock_of(ranks.device)
+    taken = []
+    for _ in range(REPEATS + 2):
+        ranks.barrier()
+        clock.mark()
+        work()
+        clock.mark()
+        taken.append(clock.read()[1])
+    mine = torch.tensor([float(np.median(taken[2:]))], dtype=torch.float64)
+    return ranks.all_gather(mine).numpy()[:, 0]
+
+
+def _decisions(job: Job, executor: Executor, scenario: Scenario) -> dict[str, float]:
+    """Policy name to mean seconds of a decision point: the exchange of ids, forecasts, planning, the split."""
+    names = [name for name, parts in POLICIES.items() if not parts.simulated_only]
+    asked: dict[str, list[Floats]] = {name: [] for name in names}
+    gathered = []
+    for done in range(2 * len(names)):
+        name = names[done % len(names)]
+        job.say(executor.ranks.rank, 0.1 + 0.4 * done / (2 * len(names)), f"decisions of {name}")
+        executor.run(make_policy(name, scenario.cluster, scenario.fit))
+        # The first step is not counted: it warms caches, and policies plan all layers in it.
+        phase_NGLP = executor.measured.phase_NGLP[1:]
+        asked[name].append(phase_NGLP[:, :, :, DECIDE].max(axis=1))
+        gathered.append(phase_NGLP[:, :, :, GATHER].min(axis=1).sum(axis=1))
+    points = scenario.cluster.layers + 1
+    # A step's decisions are the same work in both passes, so the faster one has less of other people's noise; the
+    # exchange of ids is the same for all policies.
+    exchange_s = float(np.median(gathered)) / points
+    return {name: float(np.min(runs, axis=0).sum(axis=1).mean()) / points + exchange_s for name, runs in asked.items()}
+
+
+def _attention(job: Job, executor: Executor, scenario: Scenario) -> tuple[RankTokens, Floats]:
+    """What each rank attended over in each step, and the median seconds of its attention, [N = steps x G] both."""
+    executor.take(scenario)
+    policy = make_policy("contiguous", scenario.cluster, scenario.fit)
+    runs = []
+    for repeat in range(4):
+        job.say(executor.ranks.rank, 0.5 + 0.05 * repeat, "attention")
+        executor.run(policy)
+        runs.append(executor.measured.phase_NGLP[:, :, :, ATTENTION].sum(axis=2))
+    attended = [rank_tokens(s.tokens, s.rank, executor.ranks.size, scenario.phase) for s in scenario.steps()]
+    together = RankTokens(
+        tokens_G=np.concatenate([r.tokens_G for r in attended]),
+        pairs_G=np.concatenate([r.pairs_G for r in attended]),
+        cached_G=np.concatenate([r.cached_G for r in attended]),
+    )
+    return together, np.median(runs[1:], axis=0).ravel()
+
+
+def _experts(job: Job, executor: Executor) -> tuple[Any, Floats]:
+    """Tokens by expert [E, N] and median seconds [N] of expert phases over tokens and distinct experts."""
+    ranks, cluster, shape = executor.ranks, executor.scenario.cluster, executor.patched.shape
+    executor.run(make_policy("contiguous", cluster, executor.scenario.fit))
+    distinct = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < cluster.home_slots] + [cluster.home_slots]
+    grid = [(tokens, n) for tokens in EXPERT_TOKENS for n in distinct if n <= tokens]
+    samples, seconds = [], []
+    for done, (tokens, n) in enumerate(grid):
+        job.say(ranks.rank, 0.7 + 0.15 * done / len(grid), "experts")
+        count_X = np.bincount(np.arange(tokens) % n, minlength=n)
+        x_ND = torch.randn((tokens, shape.d_model), device=ranks.device).to(shape.dtype)
+        group = torch.randperm(tokens, device=ranks.device)
+        turn = iter(range(10**6))
+
+        def work(x_ND: Any = x_ND, group: Any = group, count_X: Any = count_X, n: int = n, turn: Any = turn) -> None:
+            # Another layer's experts each time, as in a model: their weights are not in the caches.
+            first = (next(turn) % cluster.layers) * cluster.layer_slots
+            executor.slots.apply(x_ND, group, list(range(first, first + n)), count_X.tolist())
+
+        samples.append(np.pad(count_X, (0, cluster.experts - n)))
+        seconds.append(float(np.median(seconds_of(ranks, work))))
+    return np.stack(samples, axis=1), np.array(seconds)
+
+
+def _links(executor: Executor, nbytes_per_s: float) -> Links:
+    """Collective and copies between ranks; on one rank there are none, and memory stands in."""
+    ranks = executor.ranks
+    host = HostLink(latency_s=0.0, bytes_per_s=_host_rate(ranks, nbytes_per_s))
+    if ranks.size == 1:
+        alone = Link(latency_s=0.0, bytes_per_s=nbytes_per_s)
+        return Links(p2p=alone, host=host, all_to_all=alone)
+    shape = executor.patched.shape
+    moved, seconds = [], []
+    for rows in ROWS:
+        x_ND = torch.zeros((rows * ranks.size, shape.d_model), dtype=shape.dtype, device=ranks.device)
+        order = torch.randperm(len(x_ND), device=ranks.device)
+        took = seconds_of(ranks, partial(_there_and_back, ranks, x_ND, order, [rows] * ranks.size))
+        moved.append(rows * (ranks.size - 1) * shape.d_model * shape.dtype.itemsize)
+        seconds.append(float(took.max()) / 2)
+    all_to_all = fit_link(np.array(moved, float), np.array(seconds))
+    sizes = [max(int(shape.bytes * part), 1) for part in COPIES]
+    copies = [float(seconds_of(ranks, partial(_to_neighbour, ranks, n)).max()) for n in sizes]
+    return Links(p2p=fit_link(np.array(sizes, float), np.array(copies)), host=host, all_to_all=all_to_all)
+
+
+def _there_and_back(ranks: Ranks, x_ND: torch.Tensor, order_N: torch.Tensor, rows_G: list[int]) -> None:
+    """Dispatch and combine of equally many rows to every rank, with the sorting and scaling that the executor does."""
+    back_ND = ranks.all_to_all(ranks.all_to_all(x_ND[order_N], rows_G, rows_G), rows_G, rows_G)
+    out_ND = torch.zeros_like(x_ND)
+    out_ND[order_N] = back_ND * x_ND[order_N, :1]
+
+
+def _to_neighbour(ranks: Ranks, nbytes: int) -> None:
+    """Every rank sends one message to the next and waits for the one from the rank before."""
+    sent = torch.zeros(nbytes, dtype=torch.uint8, device=ranks.device)
+    got = torch.empty_like(sent)
+    after, before = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
+    operations = [
+        dist.P2POp(dist.isend, sent, group=ranks.copies, group_peer=after),
+        dist.P2POp(dist.irecv, got, group=ranks.copies, group_peer=before),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+def _memory_rate(ranks: Ranks) -> float:
+    """Bytes/s that each rank reads and writes in a large copy while the others do the same."""
+    nbytes = 2**30 if ranks.on_gpu else 2**25
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=ranks.device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / float(seconds_of(ranks, lambda: target.copy_(source)).max())
+
+
+def _matmul_rate(ranks: Ranks, dtype: str) -> float:
+    """FLOP/s of a square matmul on each rank while the others do the same."""
+    n = 4096 if ranks.on_gpu else 384
+    a = torch.ones((n, n), dtype=getattr(torch, dtype), device=ranks.device)
+    return 2 * n**3 / float(seconds_of(ranks, lambda: a @ a).max())
+
+
+def _host_rate(ranks: Ranks, nbytes_per_s: float) -> float:
+    """Bytes/s from pinned host memory to the GPU; ranks on a CPU are in host memory."""
+    if not ranks.on_gpu:
+        return nbytes_per_s
+    source = torch.zeros(2**27, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device=ranks.device)
+    return 2**27 / float(seconds_of(ranks, lambda: target.copy_(source, non_blocking=True)).max())
+
+
+def _memory_bytes(ranks: Ranks) -> int:
+    """Memory of one GPU, or a rank's part of the machine's."""
+    if ranks.on_gpu:
+        return int(torch.cuda.get_device_properties(ranks.device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks.size
+
+
+def _profile(
+    job: Job,
+    ranks: Ranks,
+    gpu: Gpu,
+    links: Links,
+    decide_s: dict[str, float],
+    compute: Compute,
+    error: dict[str, float],
+) -> HardwareProfile:
+    device = describe_device(ranks)
+    shape = Path(job.model).name or "a random Switch model"
+    off = ", ".join(f"{what} {share:.0%}" for what, share in error.items())
+    return HardwareProfile(
+        name=f"measured-{device['device']}-{ranks.size}",
+        provenance=Provenance(
+            kind="measured",
+            device=f"{ranks.size} x {device['device_name']} ({device['device']} ranks, {device['backend']})",
+            date=datetime.now(UTC).date().isoformat(),
+            driver=f"CUDA {torch.version.cuda}" if ranks.on_gpu else "",
+            sources=(f"moesim calibrate: all ranks at once, the executor's code, shapes of {shape}, random tokens",),
+            versions=device["versions"],
+            notes=f"decide_s: {job.batch_tokens} tokens a step, exchange of ids included. Plain copy "
+            f"{compute.bytes_per_s / 1e9:.1f} GB/s, plain matmul {compute.flops_per_s / 1e9:.0f} GFLOP/s a rank. "
+            f"Median error of the fit: {off}.",
+        ),
+        gpus=ranks.size,
+        gpu=gpu,
+        links=links,
+        decide_s=decide_s,
+    )

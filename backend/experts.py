@@ -1,0 +1,89 @@
+"""Expert weights in slots, and the feed-forward of experts over them.
+
+One expert is one flat row of weights, so that a copy is one message; the matrices are views of it. What should be in
+which slot, and what may compute, is the Residency's; this only knows what is really there. Shape letters: S slots,
+P weights of one expert, N tokens, D = d_model, F = d_ff, X experts with tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+Key = tuple[int, int]
+"""(layer, expert)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """Shape of one two-matrix expert: wi [F, D], then wo [D, F], in one row of P = 2 D F weights."""
+
+    d_model: int
+    d_ff: int
+    dtype: torch.dtype
+
+    @property
+    def params(self) -> int:
+        """P, the weights of one expert."""
+        return 2 * self.d_model * self.d_ff
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one expert."""
+        return self.params * self.dtype.itemsize
+
+    def flatten(self, wi_FD: torch.Tensor, wo_DF: torch.Tensor) -> torch.Tensor:
+        """[P] both matrices in one row."""
+        return torch.cat([wi_FD.reshape(-1), wo_DF.reshape(-1)]).to(self.dtype)
+
+
+class ExpertSlots:
+    """The slots of one rank, [S, P] in one piece of its device's memory."""
+
+    def __init__(self, slots: int, shape: ExpertShape, activation: Activation, device: torch.device) -> None:
+        self.shape = shape
+        self._activation = activation
+        self.rows_SP = torch.zeros((slots, shape.params), dtype=shape.dtype, device=device)
+        half = shape.params // 2
+        self._wi_SFD = self.rows_SP[:, :half].view(slots, shape.d_ff, shape.d_model)
+        self._wo_SDF = self.rows_SP[:, half:].view(slots, shape.d_model, shape.d_ff)
+        self._slot_of: dict[Key, int] = {}
+        self._key_of: dict[int, Key] = {}
+
+    def write(self, slot: int, key: Key, row_P: torch.Tensor) -> None:
+        """Fill a slot with an expert; on a GPU in stream order, so after what still computes from it."""
+        before = self._key_of.get(slot)
+        if before is not None and self._slot_of.get(before) == slot:
+            del self._slot_of[before]
+        self._slot_of[key], self._key_of[slot] = slot, key
+        self.rows_SP[slot].copy_(row_P)
+
+    def snapshot(self, key: Key) -> torch.Tensor:
+        """[P] a copy of the expert's weights. They are here until something is written over them, also when their slot
+        has been promised to another expert."""
+        return self.rows_SP[self._slot_of[key]].clone()
+
+    def staging(self) -> torch.Tensor:
+        """[P] a buffer that a copy can arrive in."""
+        return torch.empty(self.shape.params, dtype=self.shape.dtype, device=self.rows_SP.device)
+
+    def forward(self, x_ND: torch.Tensor, slot_X: list[int], tokens_X: list[int]) -> torch.Tensor:
+        """[N, D] output of each token's expert; tokens lie expert by expert, `tokens_X[i]` for slot `slot_X[i]`."""
+        if not slot_X:
+            return torch.empty_like(x_ND)
+        parts = torch.split(x_ND, tokens_X)
+        return torch.cat([self._one(part, slot) for part, slot in zip(parts, slot_X, strict=True)])
+
+    def apply(self, x_ND: torch.Tensor, group: torch.Tensor, slot_X: list[int], tokens_X: list[int]) -> torch.Tensor:
+        """[N, D] as `forward`, for tokens in any order: `group` [N] is the permutation that sorts them by expert."""
+        y_ND = torch.empty_like(x_ND)
+        y_ND[group] = self.forward(x_ND[group], slot_X, tokens_X)
+        return y_ND
+
+    def _one(self, x_ND: torch.Tensor, slot: int) -> torch.Tensor:
+        inner_NF = self._activation(functional.linear(x_ND, self._wi_SFD[slot]))
+        return functional.linear(inner_NF, self._wo_SDF[slot])

@@ -1,0 +1,112 @@
+"""What a run or a calibration is asked to do: the note that the command leaves for the ranks.
+
+Imports without torch, so that a wrong option is reported at once. Knows nothing about processes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.sim.policies import recipe
+from moesim.traces import InputError
+
+JOB_FILE = "job.json"
+PHASES = ("encoder", "prefill")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One invocation; every rank reads the same. Paths are strings so that it is JSON."""
+
+    kind: str
+    """'run' or 'calibrate'."""
+    folder: str
+    """Where the ranks leave results, errors and progress."""
+    model: str
+    ranks: int
+    device: str
+    """'cpu' or 'cuda'."""
+    dtype: str = "float32"
+    trace: str = ""
+    phase: str = "encoder"
+    policies: tuple[str, ...] = ()
+    batch_tokens: int = 512
+    extra_slots: int = 1
+    max_steps: int | None = None
+    repeats: int = 3
+    warmup: int = 1
+    decisions: bool = False
+    """Keep the decision log of the reported repeat."""
+
+    def write(self) -> None:
+        """Leave the note in the job's folder."""
+        (Path(self.folder) / JOB_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """The note that `write` left."""
+        data = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+        return cls(**{**data, "policies": tuple(data["policies"])})
+
+    def decision_file(self, policy: str) -> Path:
+        """Where the decision log of `policy` is left."""
+        return Path(self.folder) / f"decisions-{policy}.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        """Where rank 0 leaves what came out."""
+        return Path(self.folder) / "result.json"
+
+    @property
+    def progress_file(self) -> Path:
+        """Where rank 0 says how far it is: JSON [done, what]."""
+        return Path(self.folder) / "progress.json"
+
+    def say(self, rank: int, done: float, what: str) -> None:
+        """Rank 0 notes that the share `done` (0..1) is finished, and what comes now; the others keep quiet."""
+        if rank == 0:
+            temporary = self.progress_file.with_suffix(".partial")
+            temporary.write_text(json.dumps([done, what]), encoding="utf-8")
+            temporary.replace(self.progress_file)
+
+
+def check_options(job: Job) -> None:
+    """Raise InputError for whatever can be seen to be wrong before a model is loaded."""
+    if job.ranks < 1:
+        raise InputError(f"--ranks must be at least 1, got {job.ranks}")
+    if not job.model:
+        return
+    config = model_config(Path(job.model))
+    stack = "decoder" if job.phase == "prefill" else "encoder"
+    if job.phase == "decode":
+        raise InputError("--phase decode is not available yet on real devices: use encoder or prefill")
+    if job.phase not in PHASES:
+        raise InputError(f"--phase must be one of {', '.join(PHASES)}, got {job.phase!r}")
+    if not int(config.get(f"num_sparse_{stack}_layers", 0)):
+        raise InputError(f"{job.model}: the model has no MoE layers in its {stack}")
+    experts = int(config.get("num_experts", 0))
+    if job.ranks > experts:
+        raise InputError(f"--ranks {job.ranks} is more than the {experts} experts of the model: at most one rank each")
+    if job.repeats < 1 or job.warmup < 0:
+        raise InputError("--repeats must be at least 1 and --warmup at least 0")
+    for policy in job.policies:
+        if recipe(policy).simulated_only:
+            raise InputError(f"policy {policy!r} is a bound that no machine can reach: it runs in the simulator only")
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises InputError where it is missing or not a Switch model."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model folder")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{folder}: not a model folder (config.json is missing or unreadable)") from None
+    if not isinstance(config, dict) or config.get("model_type") != "switch_transformers":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise InputError(f"{folder}: model type {kind!r}; Switch models (switch_transformers) can be run so far")
+    return config

@@ -1,0 +1,155 @@
+"""One invocation on one rank: all policies in one process group, interleaved over the repeats, and their results.
+
+Interleaved, so that whatever else the machine does hits all policies alike and their ratios hold. Knows nothing about
+how processes are started.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesim.backend.job import Job
+from moesim.backend.parallel import Executor
+from moesim.backend.ranks import Ranks
+from moesim.backend.switch import load_model
+from moesim.sim.driver import DecisionLog
+from moesim.sim.policies import Policy, make_policy
+from moesim.sim.results import Result, StepRecord, save_results
+from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
+from moesim.traces import Phase
+
+Pass = tuple[list[StepRecord], dict[str, float | int | None], str]
+"""One pass over all steps: records, the driver's scores, the decision log (empty where it is not wanted)."""
+
+
+def run_policies(job: Job, ranks: Ranks) -> list[Result]:
+    """Run every policy of the job; rank 0 leaves results and decision logs in the job's folder.
+
+    Raises InputError where model, trace and options do not fit together.
+    """
+    executor = _executor(job, ranks)
+    scenario = executor.scenario
+    policies = [make_policy(name, scenario.cluster, scenario.fit) for name in job.policies]
+    passes = run_interleaved(executor, policies, job)
+    config = describe(job, scenario, ranks)
+    results = [summarise(name, passes[name], config) for name in job.policies]
+    if ranks.rank == 0:
+        save_results(results, job.result_file)
+        if job.decisions:
+            for name in job.policies:
+                job.decision_file(name).write_text(_median_pass(passes[name])[2], encoding="utf-8")
+    return results
+
+
+def run_interleaved(executor: Executor, policies: list[Policy], job: Job) -> dict[str, list[Pass]]:
+    """The counted passes of every policy, in order, after `job.warmup` passes of each that are not counted."""
+    passes: dict[str, list[Pass]] = {policy.name: [] for policy in policies}
+    total = (job.warmup + job.repeats) * len(policies)
+    done = 0
+    for repeat in range(-job.warmup, job.repeats):
+        for policy in policies:
+            counting = f"repeat {repeat + 1} of {job.repeats}" if repeat >= 0 else "warming up"
+            job.say(executor.ranks.rank, done / total, f"{policy.name}: {counting}")
+            log = DecisionLog() if job.decisions and executor.ranks.rank == 0 else None
+            records = executor.run(policy, log)
+            if repeat >= 0:
+                passes[policy.name].append((records, executor.scores(), log.text() if log else ""))
+            done += 1
+    return passes
+
+
+def summarise(policy: str, passes: list[Pass], config: dict[str, Any]) -> Result:
+    """The pass with the median total time, and the spread of all of them."""
+    totals = [_total_s(one) for one in passes]
+    records, scores, _ = _median_pass(passes)
+    spread: dict[str, float | int | None] = {
+        "repeats": len(passes),
+        "total_s_median": statistics.median(totals),
+        "total_s_min": min(totals),
+        "total_s_max": max(totals),
+    }
+    return Result(
+        kind="measured",
+        policy=policy,
+        config={**config, "repeat_total_s": totals},
+        steps=records,
+        scores={**scores, **spread},
+    )
+
+
+def describe(job: Job, scenario: Scenario, ranks: Ranks) -> dict[str, Any]:
+    """Everything that the measured numbers depend on, JSON types."""
+    return {
+        **scenario.config(),
+        "model": Path(job.model).name,
+        "trace": Path(job.trace).name,
+        "ranks": ranks.size,
+        "dtype": job.dtype,
+        "routing": "model",
+        "repeats": job.repeats,
+        "warmup": job.warmup,
+        **describe_device(ranks),
+    }
+
+
+def describe_device(ranks: Ranks) -> dict[str, Any]:
+    """Device, its name, communication backend, threads and library versions."""
+    import transformers
+
+    return {
+        "device": ranks.device.type,
+        "device_name": device_name(ranks.device),
+        "backend": "nccl" if ranks.on_gpu else "gloo",
+        "threads_per_rank": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or processor's name, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _executor(job: Job, ranks: Ranks) -> Executor:
+    from moesim.traces.store import Trace
+
+    job.say(ranks.rank, 0.0, "loading the model")
+    phase = Phase[job.phase.upper()]
+    trace = Trace.open(Path(job.trace))
+    scenario = make_scenario(
+        trace.spec,
+        trace.table(STACK_OF_PHASE[phase]),
+        phase=phase,
+        gpus=ranks.size,
+        batch_tokens=job.batch_tokens,
+        extra_slots=job.extra_slots,
+        max_steps=job.max_steps,
+    )
+    encoder_table = trace.table("encoder") if phase is Phase.PREFILL else None
+    return Executor(ranks, load_model(Path(job.model), job.dtype), scenario, encoder_table)
+
+
+def _total_s(one: Pass) -> float:
+    return sum(record.duration_s for record in one[0])
+
+
+def _median_pass(passes: list[Pass]) -> Pass:
+    return sorted(passes, key=_total_s)[(len(passes) - 1) // 2]

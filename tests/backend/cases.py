@@ -1,0 +1,231 @@
+"""Runs inside ranks: many small cases in one process group, each compared with the Hugging Face forward of its batches.
+
+`python cases.py FOLDER` under torchrun's environment; every rank leaves FOLDER/cases-RANK.json.
+"""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from moesim.backend import ranks as groups
+from moesim.backend.launch import end_with_parent, report_error
+from moesim.backend.parallel import Executor
+from moesim.backend.shares import pad
+from moesim.backend.switch import load_model, sparse_layers
+from moesim.sim.driver import DecisionLog
+from moesim.sim.policies import POLICIES, make_policy
+from moesim.sim.scenario import make_scenario
+from moesim.traces import Phase, TokenTable
+from moesim.traces.routers import adapter_of
+
+EXPERTS, CAPACITY, LAYERS, BATCH_TOKENS = 8, 5, 4, 14
+ENCODER_LENGTHS = [7, 9, 5, 24, 16, 3, 11, 40, 6, 8, 2, 19, 30, 12, 4, 33, 21, 1, 14, 10]
+DECODER_LENGTHS = [5, 8, 12, 3, 18, 30, 9, 2, 6, 11, 25, 7, 1, 16, 4, 10, 20, 8, 13, 22]
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    config = SwitchTransformersConfig(
+        vocab_size=96,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_heads=4,
+        num_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2,
+        num_experts=EXPERTS,
+        expert_capacity=CAPACITY,
+        decoder_start_token_id=0,
+    )
+    return SwitchTransformersForConditionalGeneration(config).eval()
+
+
+def spec_of(model):
+    adapter, routers = adapter_of(model)
+    return adapter.spec(model, routers)
+
+
+def shipped_model():
+    folder = Path(__file__).parents[2] / "models/switch-mini"
+    return load_model(folder, "float32") if (folder / "model.safetensors").is_file() else None
+
+
+def tokens(lengths, seed):
+    rng = np.random.default_rng(seed)
+    return (
+        (rng.zipf(1.4, sum(lengths)) % 96).astype(np.int32),
+        np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
+        np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
+    )
+
+
+class Reference:
+    """The unpatched model; notes every router's choice while it runs."""
+
+    def __init__(self, model, decoder):
+        self.model, self.decoder = model, decoder
+        self.seen = []
+        for layer in sparse_layers(model.decoder if decoder else model.encoder).values():
+            layer.mlp.router.register_forward_hook(self._note)
+
+    def _note(self, module, args, output):
+        mask, _, logits = output
+        self.seen.append((logits.argmax(-1), mask.sum(-1) == 0))
+
+    @torch.inference_mode()
+    def __call__(self, batch, decoder_batch=None):
+        """(output [N, X] at real positions, ids [N, L], dropped [N, L]); logits where there is a decoder batch."""
+        self.seen.clear()
+        if decoder_batch is None:
+            real, out = batch.real(), self.model.encoder(batch.ids_BS, attention_mask=batch.mask_BS).last_hidden_state
+        else:
+            real = decoder_batch.real()
+            out = self.model(
+                input_ids=batch.ids_BS,
+                attention_mask=batch.mask_BS,
+                decoder_input_ids=decoder_batch.ids_BS,
+                decoder_attention_mask=decoder_batch.mask_BS,
+            ).logits
+        picked = [torch.stack([each[i].reshape(-1)[real] for each in self.seen], 1).numpy() for i in (0, 1)]
+        return out.reshape(-1, out.shape[-1])[real], *picked
+
+
+def recorded(model, decoder):
+    """(table of the stack, encoder table): what a recorder would have written, one forward pass a request."""
+    reference = Reference(model, decoder)
+    enc, dec = tokens(ENCODER_LENGTHS, 1), tokens(DECODER_LENGTHS, 2)
+    ids, dropped = [], []
+    for request in range(len(ENCODER_LENGTHS)):
+        batches = [pad(*(column[t[1] == request] for column in t)) for t in ((enc, dec) if decoder else (enc,))]
+        _, i, d = reference(*batches)
+        ids.append(i), dropped.append(d)
+    if not decoder:
+        return table(enc, np.concatenate(ids), np.concatenate(dropped), Phase.ENCODER), None
+    none = np.zeros((len(enc[0]), ids[0].shape[1]), np.int64)
+    encoder_table = table(enc, none, none > 0, Phase.ENCODER)
+    return table(dec, np.concatenate(ids), np.concatenate(dropped), Phase.PREFILL), encoder_table
+
+
+def table(columns, ids_TL, dropped_TL, phase):
+    token, request, position = columns
+    T, L = ids_TL.shape
+    return TokenTable(
+        topk_ids=ids_TL[:, :, None].astype(np.uint8),
+        topk_weights=np.ones((T, L, 1), np.float16),
+        dropped=dropped_TL,
+        token_id=token,
+        request=request,
+        position=position,
+        step=np.zeros(T, np.int32),
+        phase=np.full(T, phase, np.uint8),
+    )
+
+
+def expected(model, scenario, encoder_table):
+    """Output of the unpatched model for every step, the whole step as one batch, in the scenario's token order."""
+    reference = Reference(model, encoder_table is not None)
+    outputs = []
+    for step in scenario.steps():
+        t = step.tokens
+        batch = pad(t.token_id, t.request, t.position)
+        if encoder_table is None:
+            outputs.append(reference(batch))
+            continue
+        e = encoder_table
+        rows = np.concatenate([np.flatnonzero(e.request == request) for request in np.unique(t.request)])
+        outputs.append(reference(pad(e.token_id[rows], e.request[rows], e.position[rows]), batch))
+    return outputs
+
+
+def run_case(ranks, phase, model, policies):
+    decoder = phase is Phase.PREFILL
+    recording, encoder_table = recorded(copy.deepcopy(model), decoder)
+    scenario = make_scenario(spec_of(model), recording, phase=phase, gpus=ranks.size, batch_tokens=BATCH_TOKENS)
+    wanted = expected(copy.deepcopy(model), scenario, encoder_table)
+    lm_head = copy.deepcopy(model.lm_head)
+    executor = Executor(ranks, copy.deepcopy(model), scenario, encoder_table)
+    found = {}
+    for name in policies:
+        differences, absolute = [], []
+
+        def keep(number, hidden, differences=differences, absolute=absolute):
+            mine = np.flatnonzero(list(scenario.steps())[number].rank == ranks.rank)
+            if len(mine):
+                with torch.inference_mode():
+                    got = lm_head(hidden * model.config.d_model**-0.5) if decoder else hidden
+                # Absolute for outputs up to 1, relative to the largest beyond: float32 has no more digits.
+                scale = max(1.0, float(wanted[number][0].abs().max()))
+                differences.append(float((got - wanted[number][0][mine]).abs().max()) / scale)
+                absolute.append(differences[-1] * scale)
+
+        log = DecisionLog()
+        policy = make_policy(name, scenario.cluster, scenario.fit)
+        records = executor.run(policy, log, keep)
+        found[name] = {
+            "difference": max(differences, default=0.0),
+            "absolute": max(absolute, default=0.0),
+            "shares": len(differences),
+            "steps": len(records),
+            "computed": [np.sum(record.load_LG, axis=1).tolist() for record in records],
+            "routed": [(~dropped).sum(axis=0).tolist() for _, _, dropped in wanted],
+            "dropped": int(sum(dropped.sum() for _, _, dropped in wanted)),
+            "phases_add_up": all(sum(r.phase_s.values()) >= 0.999 * r.duration_s for r in records),
+            "moved": sum(record.moved_bytes for record in records),
+            "transfers": executor.scores()["transfers"],
+            "log": log.text(),
+            "wrong_weights": wrong_weights(executor, ranks.rank),
+        }
+    return found
+
+
+def wrong_weights(executor, rank):
+    """(layer, expert) whose slot on this rank differs in any bit from the model's weights."""
+    residency = executor.residency
+    wrong = []
+    for layer, expert in np.argwhere(residency.usable_LEG[:, :, rank]).tolist():
+        row = executor.slots.rows_SP[residency.slot(layer, expert, rank)]
+        if not torch.equal(row, executor.patched.weights_LE[layer][expert]):
+            wrong.append([layer, expert])
+    return wrong
+
+
+def main():
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["RANK"])
+    end_with_parent()
+    try:
+        whole = groups.join("cpu")
+        model, shipped = tiny_model(), shipped_model()
+        found = {}
+        policies = [name for name, parts in POLICIES.items() if not parts.simulated_only]
+        for size in range(1, whole.size + 1):
+            ranks = groups.group_of(list(range(size)), rank, whole.device)
+            if ranks.rank >= 0:
+                for phase in (Phase.ENCODER, Phase.PREFILL):
+                    some = policies if size > 1 else ["contiguous"]
+                    found[f"{phase.name.lower()}-{size}"] = run_case(ranks, phase, model, some)
+                    if size == 2 and shipped is not None:
+                        found[f"shipped-{phase.name.lower()}"] = run_case(ranks, phase, shipped, ["predictive-batch"])
+            dist.barrier()
+        (folder / f"cases-{rank}.json").write_text(json.dumps(found))
+        groups.leave()
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        report_error(folder, rank, error)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Ranks that end badly: the launcher raises their error, and nothing is left running."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from moesim.backend.launch import check_device, run_ranks
+from moesim.traces import InputError, MoesimError
+
+DYING = Path(__file__).with_name("dying.py")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ("killed", MoesimError, "rank 1 was killed by SIGKILL"),
+        ("input", InputError, "^the trace does not fit$"),
+        ("bug", MoesimError, "rank 1 failed with ZeroDivisionError: oops"),
+    ],
+)
+def test_the_others_are_stopped_and_the_error_is_told(tmp_path, how, kind, says):
+    with pytest.raises(kind, match=says):
+        run_ranks([str(DYING), str(tmp_path), how], 2, tmp_path)
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_when_the_launcher_is_interrupted(tmp_path, number):
+    code = f"""
+        from pathlib import Path
+        from moesim.backend.launch import run_ranks
+        try:
+            run_ranks([{str(DYING)!r}, {str(tmp_path)!r}, "waits"], 2, Path({str(tmp_path)!r}))
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    launcher = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    launcher.send_signal(number)
+    said, _ = launcher.communicate()
+    assert ("interrupted" in said) == (number == signal.SIGINT)
+    wait_until(lambda: not alive(tmp_path))
+
+
+def test_device_is_checked_before_anything_starts():
+    assert check_device("cpu", 3) == "cpu"
+    with pytest.raises(InputError, match="must be cpu, cuda or auto"):
+        check_device("tpu", 1)
+
+
+def alive(folder):
+    """Process ids of ranks that still run (not those that have ended and wait to be reaped)."""
+    found = []
+    for file in folder.glob("pid-*"):
+        stat = Path(f"/proc/{file.read_text()}/stat")
+        if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            found.append(file.name)
+    return found
+
+
+def wait_until(condition):
+    """Poll, so that the test needs no guess of how long something takes; the limit is only against a hang."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("did not happen in a minute")
