@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.sim.results import Result
+from moesim.traces import InputError
 
 
 def load_over_time(results: list[Result], path: Path, title: str) -> None:
@@ -32,4 +33,8 @@ def load_over_time(results: list[Result], path: Path, title: str) -> None:
     axes[-1].set_xlabel("step (its layers side by side)")
     axes[0].legend(ncols=min(9, share.shape[1] + 1), fontsize=7, loc="upper right")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: the picture cannot be written ({error})") from None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from moesim.traces import InputError
-from moesim.traces.store import Trace
+from moesim.traces.store import MANIFEST, Trace
 
 
 @click.command()
@@ -73,20 +74,36 @@ def record(
     if out.exists() and not force:
         raise InputError(f"{out} exists already; choose another name, or replace it with --force")
     loaded, tokenizer = recording.load_model(model, device=recording.pick_device(device), dtype=dtype)
-    with progress_bar("recording requests") as progress:
-        recording.record(loaded, tokenizer, contents, out, options, source=model, overwrite=force, progress=progress)
+    try:
+        with progress_bar("recording") as progress:
+            recording.record(
+                loaded, tokenizer, contents, out, options, source=model, overwrite=force, progress=progress
+            )
+    except KeyboardInterrupt:
+        click.echo(_summary(Trace.open(out)) if (out / MANIFEST).exists() else "nothing was recorded yet", err=True)
+        raise
     trace = Trace.open(out)
     if as_json:
         click.echo(json.dumps({"trace": str(out), "requests": len(trace.request_texts), "counts": trace.counts()}))
         return
+    click.echo(_summary(trace))
+
+
+def _summary(trace: Trace) -> str:
     parts = [f"{n:,} {phase}" for phases in trace.counts().values() for phase, n in phases.items()]
-    click.echo(f"{out}: {len(trace.request_texts)} requests, tokens: {', '.join(parts)}")
+    return f"{trace.path}: {len(trace.request_texts)} requests, tokens: {', '.join(parts)}"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Tokens a second, once it is known."""
+        return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
 
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, only on a terminal; yields a callback that takes (done, total)."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """A bar on stderr, only on a terminal; yields a callback that takes (tokens done, in all)."""
+    columns = (TextColumn(what), BarColumn(), _Rate(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)

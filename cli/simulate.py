@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from moesim.cli.picture import load_over_time
 from moesim.cli.report import print_results, results_json
 from moesim.sim.engine import simulate as run_simulation
 from moesim.sim.policies import POLICIES, make_policy, recipe
@@ -46,6 +47,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
 @click.option("--out", type=file_option, help="Write the results here, for moesim compare; kept on Ctrl-C.")
+@click.option("--picture", type=file_option, help="Draw the load of each GPU over time under every policy, PNG.")
 @click.option("--event-log", type=file_option, help="Write what happens when, as JSON lines.")
 @click.option("--decision-log", type=file_option, help="Write the policies' decisions, as JSON lines.")
 def simulate(
@@ -62,6 +64,7 @@ def simulate(
     shapes: str | None,
     as_json: bool,
     out: Path | None,
+    picture: Path | None,
     event_log: Path | None,
     decision_log: Path | None,
 ) -> None:
@@ -103,6 +106,8 @@ def simulate(
         except KeyboardInterrupt:
             click.echo(_interrupted(results, out), err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
+    if picture:
+        load_over_time(results, picture, "Tokens on each GPU, layer after layer")
     if as_json:
         click.echo(json.dumps(results_json(results, baseline), indent=1))
     else:

@@ -96,7 +96,7 @@ def _as_dict(opened: Trace, stats: dict[str, list[LayerStats]]) -> dict[str, Any
 def _print(opened: Trace, stats: dict[str, list[LayerStats]]) -> None:
     spec, about = opened.spec, opened.provenance
     console = Console()
-    say = partial(console.print, highlight=False)
+    say = partial(console.print, highlight=False, markup=False)  # names in a manifest are not markup
     say(f"{opened.path}: {spec.family}, {spec.num_experts} experts, top-{spec.top_k}, {spec.dtype}")
     say(f"model {about.get('model')}, recorded {about.get('recorded')} on {about.get('device')}")
     for text, count in sorted(Counter(opened.request_texts).items()):

@@ -61,6 +61,11 @@ class Request:
     encoder: list[int]
     prompt: list[int]
 
+    @property
+    def tokens(self) -> int:
+        """Encoder and prompt tokens, the decoder's start token counted."""
+        return len(self.encoder) + len(self.prompt) + 1
+
 
 def pick_device(device: str) -> str:
     """'auto' becomes cuda where there is one. Raises InputError where cuda is asked for and absent."""
@@ -86,7 +91,7 @@ def load_model(name: str, *, device: str, dtype: str) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+        model = auto.from_pretrained(name, config=config, dtype=getattr(torch, dtype), weights_only=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -105,7 +110,7 @@ def read_texts(paths: list[Path]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_bytes().decode("utf-8")  # line ends stay as they are, and so does the digest
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
@@ -121,7 +126,8 @@ def read_texts(paths: list[Path]) -> dict[str, str]:
 def cut_requests(texts: dict[str, str], tokenizer: Any, options: RecordOptions) -> list[Request]:
     """Requests of all texts in turn, so that a batch mixes kinds and a limit on tokens cuts all alike.
 
-    Windows do not overlap. The last window of a text may be short. Raises InputError where no token comes out.
+    Windows do not overlap. The last window of a text may be short. There is always one request, however small
+    `max_tokens` is. Raises InputError where no token comes out.
     """
     per_text = []
     span = options.encoder_tokens + options.prefill_tokens
@@ -133,10 +139,9 @@ def cut_requests(texts: dict[str, str], tokenizer: Any, options: RecordOptions) 
     requests: list[Request] = []
     left = options.max_tokens if options.max_tokens is not None else 1 << 62
     for request in (r for turn in zip_longest(*per_text) for r in turn if r is not None):
-        size = len(request.encoder) + len(request.prompt) + 1
-        if size > left and requests:
+        if request.tokens > left and requests:
             break
-        left -= size
+        left -= request.tokens
         requests.append(request)
     if not requests:
         raise InputError("the texts contain no token")
@@ -157,21 +162,24 @@ def record(
 ) -> Path:
     """Record `model` on `texts` into the trace `out` and return its path.
 
-    `progress` is called with (requests done, requests in all). Interrupted at any moment, what was written stays.
+    `progress` is called with (encoder and prompt tokens done, in all). Interrupted at any moment, what was written
+    stays.
     """
     requests = cut_requests(texts, tokenizer, options)
     recorder = RouterRecorder(model, lookahead=options.lookahead)
     about = provenance(model, texts, options, source)
     size = {} if shard_tokens is None else {"shard_tokens": shard_tokens}
     with recorder, TraceWriter(out, recorder.spec, about, overwrite=overwrite, **size) as writer:
-        done, forward = 0, 0
+        first, forward, done = 0, 0, 0
+        total = sum(request.tokens for request in requests)
         for group in _batches(requests, options.batch):
             if progress:
-                progress(done, len(requests))
-            forward = _record_batch(model, recorder, writer, group, done, forward, options)
-            done += len(group)
+                progress(done, total)
+            forward = _record_batch(model, recorder, writer, group, first, forward, options)
+            first += len(group)
+            done += sum(request.tokens for request in group)
         if progress:
-            progress(done, len(requests))
+            progress(done, total)
     return out
 
 
@@ -180,8 +188,8 @@ def provenance(model: Any, texts: dict[str, str], options: RecordOptions, source
     folder = Path(source)
     files = sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]) if folder.is_dir() else []
     return {
-        "model": folder.name if folder.is_dir() else source,
-        "model_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "model": folder.resolve().name if folder.is_dir() else source,
+        "model_sha256": {file.name: _digest(file) for file in files},
         "revision": getattr(model.config, "_commit_hash", None),
         "texts": {
             name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -197,6 +205,11 @@ def provenance(model: Any, texts: dict[str, str], options: RecordOptions, source
         },
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()  # in blocks: weights may not fit in memory
 
 
 def _batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
@@ -238,13 +251,14 @@ def _record_batch(
         writer.append("encoder", table_of(selection, encoder.numpy(), real, numbers, forward, Phase.ENCODER))
         forward += 1
     position = 0
+    end = model.generation_config.eos_token_id  # what `generate` stops at: None, one id or several
     ended = np.zeros(len(group), bool)
     for selection in recorder.take("decoder"):
         width = selection.ids.shape[1]
         ids = decoded[:, position : position + width]
         phase = Phase.PREFILL if position == 0 else Phase.DECODE
         if phase is Phase.DECODE:
-            ended |= ids[:, 0] == model.config.eos_token_id  # the end is not worth a step to a server
+            ended |= np.isin(ids[:, 0], [] if end is None else end)  # the end is not worth a step to a server
         real = np.broadcast_to(~ended[:, None], ids.shape)
         writer.append("decoder", table_of(selection, ids, real, numbers, forward, phase, position))
         position += width

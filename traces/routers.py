@@ -32,6 +32,8 @@ class Router:
     module: nn.Module
     gate: nn.Linear
     """The linear map from the router's input to E logits."""
+    dtype: torch.dtype
+    """What the router computes its logits in; with bfloat16 weights still float32 in Switch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,7 @@ class SwitchAdapter:
                 layer = int(parts[parts.index("block") + 1])
                 gate = module.classifier
                 assert isinstance(gate, nn.Linear)
-                found.append(Router(stack=stack, layer=layer, module=module, gate=gate))
+                found.append(Router(stack=stack, layer=layer, module=module, gate=gate, dtype=module.dtype))
         return found
 
     def spec(self, model: nn.Module, routers: list[Router]) -> ModelSpec:
@@ -111,8 +113,7 @@ class SwitchAdapter:
         """The dispatch mask says which expert runs; for a dropped token it is empty, and the model's own rule (softmax
         in the router's dtype, cast to the input's, argmax) says which expert was full."""
         mask, weight, logits = output
-        dtype: torch.dtype = router.module.dtype  # type: ignore[assignment]
-        ids = torch.softmax(logits, dim=-1, dtype=dtype).to(inputs.dtype).argmax(dim=-1, keepdim=True)
+        ids = torch.softmax(logits, dim=-1, dtype=router.dtype).to(inputs.dtype).argmax(dim=-1, keepdim=True)
         kept = mask.gather(-1, ids).squeeze(-1).bool()
         if not torch.equal(kept, mask.sum(dim=-1).bool()):
             raise InputError(
@@ -194,10 +195,15 @@ class RouterRecorder:
             lookahead=ahead,
         )
 
-    def _following_gates(self, i: int) -> Tensor | None:
-        """[n * E, d_model] the next n <= D gates of the same stack, one under the other."""
+    def _following_gates(self, i: int) -> tuple[Tensor, Tensor | None] | None:
+        """Weights [n * E, d_model] and biases [n * E] of the next n <= D gates of the stack, one under the other."""
         following = [r for r in self.routers[i + 1 : i + 1 + self.lookahead] if r.stack == self.routers[i].stack]
-        return torch.cat([r.gate.weight.detach() for r in following]) if following else None
+        if not following:
+            return None
+        weight = torch.cat([r.gate.weight.detach().to(r.dtype) for r in following])
+        if following[0].gate.bias is None:
+            return weight, None
+        return weight, torch.cat([r.gate.bias.detach().to(r.dtype) for r in following])
 
     def _ask_ahead(self, i: int, inputs: Tensor) -> Tensor:
         """[B, S, D, M] most probable experts of the following gates for this input; zeros past the last layer."""
@@ -206,7 +212,8 @@ class RouterRecorder:
         told = torch.zeros(*inputs.shape[:2], self.lookahead, width, dtype=torch.long, device=inputs.device)
         gates = self._gates[i]
         if gates is not None:
-            logits = (inputs.to(gates.dtype) @ gates.T).reshape(*inputs.shape[:2], -1, E)
+            weight, bias = gates
+            logits = nn.functional.linear(inputs.to(weight.dtype), weight, bias).reshape(*inputs.shape[:2], -1, E)
             told[:, :, : logits.shape[2]] = logits.topk(width, dim=-1).indices
         return told
 

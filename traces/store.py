@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,9 @@ FORMAT, SCHEMA_VERSION = "moetrace", 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 16
 OPTIONAL = ("lookahead_ids",)
+OWN_SHARD = re.compile(r"(?:encoder|decoder)-\d+\.safetensors(?:\.partial)?", re.ASCII)
+"""Names that a TraceWriter gives; nothing else is ever deleted."""
+PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 DTYPES: dict[str, tuple[type[np.generic], ...]] = {
     "topk_ids": (np.uint8, np.uint16),
     "topk_weights": (np.float16,),
@@ -72,15 +77,21 @@ class TraceWriter:
         self.shard_tokens = shard_tokens
         self._overwrite = overwrite
         self._old = _old_files(path, overwrite)
+        # Numbers go on after the replaced trace's, so that it stays whole until the new manifest is there.
+        self._first_number = max((int("".join(filter(str.isdigit, name))) + 1 for name in self._old), default=0)
         self._shards: list[Shard] = []
         self._request_texts: list[str] = []
         self._waiting: dict[str, list[TokenTable]] = {stack.name: [] for stack in spec.stacks}
 
     def __enter__(self) -> TraceWriter:
+        with _writing(self.path):  # a wrong place is found out now, not after the first hour of recording
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        # With nothing recorded, a failure must not put an empty trace in the place of an older one.
+        if kind is None or self._shards or any(self._waiting.values()):
+            self.close()
 
     def add_requests(self, texts: list[str]) -> None:
         """Name the text that each of the next requests comes from; requests are numbered from 0."""
@@ -105,7 +116,7 @@ class TraceWriter:
         if not waiting:
             return
         table = concat(waiting)
-        number = sum(shard.stack == stack for shard in self._shards)
+        number = self._first_number + sum(shard.stack == stack for shard in self._shards)
         data = save({name: np.ascontiguousarray(column) for name, column in table.arrays().items()})
         shard = Shard(
             name=f"{stack}-{number:05d}.safetensors",
@@ -114,24 +125,14 @@ class TraceWriter:
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
         )
-        # The old trace is only touched once the first shard of the new one is complete beside it.
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = _write_temporary(self.path / shard.name, data)
-        self._drop_old()
-        temporary.replace(self.path / shard.name)
-        self._shards.append(shard)
+        if not (self.path / MANIFEST).exists():
+            self._write_manifest()  # killed before the first shard is listed, this is an empty trace
+        _write(self.path / shard.name, data)
         waiting.clear()
+        self._shards.append(shard)
         self._write_manifest()
 
-    def _drop_old(self) -> None:
-        """Manifest first: from then on the folder holds no trace, until the new manifest is there."""
-        for name in sorted(self._old, key=lambda name: name != MANIFEST):
-            (self.path / name).unlink(missing_ok=True)
-        self._old = []
-
     def _write_manifest(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._drop_old()
         texts = sorted(set(self._request_texts))
         manifest = {
             "format": FORMAT,
@@ -143,7 +144,9 @@ class TraceWriter:
             "shards": [asdict(shard) for shard in self._shards],
         }
         text = json.dumps(manifest, indent=2) + "\n"
-        _write_temporary(self.path / MANIFEST, text.encode()).replace(self.path / MANIFEST)
+        _write(self.path / MANIFEST, text.encode())
+        while self._old:
+            (self.path / self._old.pop()).unlink(missing_ok=True)
 
 
 class Trace:
@@ -154,6 +157,8 @@ class Trace:
         try:
             self.spec = ModelSpec.from_dict(manifest["spec"])
             self.shards = tuple(_shard(entry, self.spec) for entry in _list(manifest, "shards"))
+            if len({shard.name for shard in self.shards}) != len(self.shards):
+                raise TraceError("a shard is listed twice")
             self.request_texts = _request_texts(_list(manifest, "texts"), _list(manifest, "request_text"))
             """Name of the text that each request comes from; empty where the recording did not say."""
             self.provenance: dict[str, Any] = dict(manifest["provenance"])
@@ -219,16 +224,14 @@ class Trace:
         Raises TraceError at the first problem, naming the file, what is wrong and what to do.
         """
         for shard in self.shards:
-            digest = hashlib.sha256()
             try:
                 with (self.path / shard.name).open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise self._damaged(shard, f"cannot be read ({error.strerror})") from None
             if (size := (self.path / shard.name).stat().st_size) != shard.bytes:
                 raise self._damaged(shard, f"has {size} bytes, the manifest says {shard.bytes}")
-            if digest.hexdigest() != shard.sha256:
+            if digest != shard.sha256:
                 raise self._damaged(shard, "its content has changed since it was written (SHA-256 differs)")
             self._check_ranges(shard, self._read(shard))
             yield shard
@@ -254,18 +257,20 @@ class Trace:
             raise self._damaged(shard, str(error)) from None
         L, K = len(self.spec.stack(shard.stack).moe_layers), self.spec.top_k
         if table.topk_ids.shape != (shard.tokens, L, K):
-            raise self._damaged(
-                shard, f"holds {list(table.topk_ids.shape)} ids, the manifest says {[shard.tokens, L, K]}"
-            )
+            found = list(table.topk_ids.shape)
+            raise self._damaged(shard, f"holds {found} ids, the manifest says {[shard.tokens, L, K]}")
         return table
 
     def _check_ranges(self, shard: Shard, table: TokenTable) -> None:
         E, V = self.spec.num_experts, self.spec.vocab_size
+        negative = any((column < 0).any() for column in (table.request, table.position, table.step))
+        R = len(self.request_texts) or 1 << 31  # where the recording did not name texts, any request goes
         rules = {
             f"an expert id is not below {E}": (table.topk_ids >= E).any() or table.topk_ids.dtype != id_dtype(E),
             "a gate weight is not a finite number": not np.isfinite(table.topk_weights).all(),
             f"a token id is outside 0..{V - 1}": ((table.token_id < 0) | (table.token_id >= V)).any(),
-            "a request, position or step is negative": min(map(_low, (table.request, table.position, table.step))) < 0,
+            "a request, position or step is negative": negative,
+            f"a request is not below {R}": (table.request >= R).any(),
             f"a phase is not one of 0..{len(Phase) - 1}": (table.phase >= len(Phase)).any(),
             f"a lookahead id is not below {E}": table.lookahead_ids is not None and (table.lookahead_ids >= E).any(),
         }
@@ -277,10 +282,6 @@ class Trace:
         return TraceError(f"{self.path / shard.name}: {what}; restore the file or record the trace again")
 
 
-def _low(column: NDArray[np.int32]) -> int:
-    return int(column.min()) if len(column) else 0
-
-
 def _list(manifest: dict[str, Any], key: str) -> list[Any]:
     value = manifest[key]
     if not isinstance(value, list):
@@ -290,11 +291,7 @@ def _list(manifest: dict[str, Any], key: str) -> list[Any]:
 
 def _shard(entry: Any, spec: ModelSpec) -> Shard:
     shard = Shard(**entry)
-    if (
-        not isinstance(shard.name, str)
-        or Path(shard.name).name != shard.name
-        or not shard.name.endswith(".safetensors")
-    ):
+    if not isinstance(shard.name, str) or not PLAIN_NAME.fullmatch(shard.name):
         raise TraceError(f"shard name {shard.name!r} is not a plain file name")
     if type(shard.tokens) is not int or type(shard.bytes) is not int or min(shard.tokens, shard.bytes) < 0:
         raise TraceError(f"shard {shard.name}: tokens and bytes must be whole numbers")
@@ -316,16 +313,37 @@ def _old_files(path: Path, overwrite: bool) -> list[str]:
         return []
     if not overwrite:
         raise InputError(f"{path} exists already; choose another name, or replace it with --force")
-    if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).exists()):
+    if not path.is_dir() or not _is_trace(path):
         raise InputError(f"{path} is not a trace, so it will not be replaced; choose another name")
-    return [e.name for e in path.iterdir() if e.name == MANIFEST or e.name.endswith(".safetensors")]
+    return [entry.name for entry in path.iterdir() if OWN_SHARD.fullmatch(entry.name)]
 
 
-def _write_temporary(final: Path, data: bytes) -> Path:
-    """Write `data` beside `final` and push it to the disk; the caller renames it."""
+def _is_trace(path: Path) -> bool:
+    """Whether the folder is a trace or empty. Other programs have a manifest.json, too, so its content decides."""
+    if not [entry for entry in path.iterdir() if entry.name != MANIFEST + ".partial"]:
+        return True
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _write(final: Path, data: bytes) -> None:
+    """Write `data` beside `final`, push it to the disk and rename it: `final` is there whole or not at all."""
     temporary = final.with_name(final.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
+    with _writing(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or choose another place") from None

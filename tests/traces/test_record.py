@@ -1,5 +1,6 @@
 """Whole recordings: requests, phases, the same ids as the model's own run; a kill keeps what was written."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 
 from moesim.cli import main
 from moesim.traces import InputError, Phase
-from moesim.traces.record import RecordOptions, cut_requests, load_model, read_texts, record
+from moesim.traces.record import RecordOptions, cut_requests, load_model, provenance, read_texts, record
 from moesim.traces.routers import RouterRecorder
 from moesim.traces.store import MANIFEST, Trace
 
@@ -98,6 +99,31 @@ def test_tokens_after_the_end_are_not_recorded(tmp_path, tokenizer, texts):
     assert len(generated) < full
 
 
+def test_a_model_may_have_several_ends(tmp_path, tokenizer, texts, monkeypatch):
+    model = shipped_switch()
+    plain = record(model, tokenizer, texts, tmp_path / "plain.moetrace", OPTIONS, source=str(SHIPPED))
+    decoder = Trace.open(plain).table("decoder")
+    generated = decoder.take(decoder.phase == Phase.DECODE).token_id
+    ends = [1, int(np.bincount(generated).argmax())]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    out = record(model, tokenizer, texts, tmp_path / "ends.moetrace", OPTIONS, source=str(SHIPPED))
+    decoder = Trace.open(out).table("decoder")
+    shorter = decoder.take(decoder.phase == Phase.DECODE).token_id
+    assert not np.isin(shorter, ends).any() and 0 < len(shorter) < len(generated)
+
+
+def test_text_and_its_digest_are_those_of_the_file(tmp_path):
+    content = "one\r\ntwo\n\n  \u4e09\r".encode()
+    (tmp_path / "x.txt").write_bytes(content)
+    texts = read_texts([tmp_path])
+    assert texts["x.txt"].encode() == content
+    about = provenance(random_switch(8), texts, OPTIONS, str(SHIPPED))
+    assert about["texts"] == {"x.txt": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    weights = SHIPPED / "model.safetensors"
+    assert about["model_sha256"]["model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert str(tmp_path) not in str(about) and str(SHIPPED.parent) not in str(about)
+
+
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
@@ -147,16 +173,43 @@ def test_force_replaces_a_trace_but_never_another_folder(tmp_path, tokenizer, te
     assert (other / "chapter.txt").exists()
 
 
+@pytest.mark.parametrize("batches", [0, 2])
+def test_ctrl_c_keeps_what_was_recorded_and_says_so(tmp_path, monkeypatch, batches):
+    plain, calls = RouterRecorder.take, []
+
+    def take(recorder, stack):
+        calls.append(stack)
+        if len(calls) > 2 * batches:
+            raise KeyboardInterrupt
+        return plain(recorder, stack)
+
+    monkeypatch.setattr(RouterRecorder, "take", take)
+    out, text = tmp_path / "c.moetrace", tmp_path / "c.txt"
+    text.write_text("The whale. " * 2000)
+    result = run("record", "--model", SHIPPED, "--text", text, "--out", out, "--batch", 2, "--device", "cpu")
+    assert result.exit_code == 130
+    assert "Interrupted: everything written so far is kept." in result.stderr
+    if not batches:
+        assert "nothing was recorded yet" in result.stderr and not out.exists()
+        return
+    assert "512 encoder, 132 prefill" in result.stderr
+    trace = Trace.open(out)
+    assert sum(shard.tokens for shard in trace.verify()) == 2 * 2 * (128 + 33)
+
+
 def test_kill_9_leaves_a_trace_that_verifies(tmp_path):
-    out = tmp_path / "killed.moetrace"
+    out, text = tmp_path / "killed.moetrace", tmp_path / "long.txt"
+    text.write_text("The whale swam on. " * 8000)  # far more than is recorded until the kill
     code = (
         "import sys; from pathlib import Path; from moesim.traces.record import *\n"
         "model, tokenizer = load_model(sys.argv[1], device='cpu', dtype='float32')\n"
-        "record(model, tokenizer, read_texts([Path(sys.argv[1]) / 'samples']), Path(sys.argv[2]),\n"
+        "record(model, tokenizer, read_texts([Path(sys.argv[3])]), Path(sys.argv[2]),\n"
         "       RecordOptions(encoder_tokens=32, prefill_tokens=4, batch=2), source='x', shard_tokens=128)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(SHIPPED), str(out)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(SHIPPED), str(out), str(text)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 180
     while not (out / MANIFEST).exists() or len(list(out.glob("encoder-*.safetensors"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from switch_models import random_switch, shipped_switch
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersExperts,
+    SwitchTransformersTop1Router,
+)
 
 from moesim.traces import InputError
 from moesim.traces.routers import RouterRecorder
@@ -14,8 +17,20 @@ MODELS = {
     "32 experts": lambda: random_switch(32, seed=1),
     "128 experts": lambda: random_switch(128, seed=2),
     "capacity 2": lambda: random_switch(8, capacity=2, seed=3),
+    "bfloat16": lambda: random_switch(32, capacity=4, seed=4).to(torch.bfloat16),
+    "gates with a bias": lambda: biased(random_switch(8, seed=6)),
     "switch-mini": shipped_switch,
 }
+
+
+def biased(model):
+    for module in model.modules():
+        if isinstance(module, SwitchTransformersTop1Router):
+            weight = module.classifier.weight
+            module.classifier = torch.nn.Linear(weight.shape[1], weight.shape[0])
+            torch.nn.init.normal_(module.classifier.weight)
+            torch.nn.init.normal_(module.classifier.bias, std=3.0)
+    return model
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -53,7 +68,7 @@ def check(selections, calls):
             ran = mask.argmax(dim=-1).numpy().reshape(B, S)
             assert (selection.dropped[:, :, layer] == ~kept).all()
             assert (selection.ids[:, :, layer, 0] == ran)[kept].all()
-            expected = weight.numpy().astype(np.float16).reshape(B, S)
+            expected = weight.float().numpy().astype(np.float16).reshape(B, S)
             assert (selection.weights[:, :, layer, 0] == expected).all()
     assert not list(calls)
 
@@ -109,8 +124,10 @@ def test_the_output_does_not_change_by_one_bit(model):
     assert torch.equal(plain, recorded) and torch.equal(plain, after)
 
 
-def test_lookahead_is_what_the_next_gates_say(model):
-    ids, prompt = batch_of(model, 2, 12), batch_of(model, 2, 3)
+@pytest.mark.parametrize("name", MODELS)
+def test_lookahead_is_what_the_next_gates_say(name):
+    model = MODELS[name]()  # fresh: the first forward pass casts the gates to the router's dtype
+    ids, prompt = batch_of(model, 4, 200), batch_of(model, 4, 3)  # gates in the wrong dtype differ for 1 token in 40
     inputs = []
     recorder = RouterRecorder(model, lookahead=2)
     routers = [r for r in recorder.routers if r.stack == "encoder"]
@@ -126,7 +143,9 @@ def test_lookahead_is_what_the_next_gates_say(model):
             if layer + ahead >= len(routers):
                 assert (told == 0).all()
                 continue
-            logits = inputs[layer] @ routers[layer + ahead].gate.weight.detach().T
+            router = routers[layer + ahead]
+            with torch.inference_mode():
+                logits = router.gate(inputs[layer].to(router.module.dtype))
             assert (
                 np.take_along_axis(logits.detach().numpy(), told[..., :1].astype(int), -1)[..., 0]
                 >= logits.amax(-1).detach().numpy() - 1e-5

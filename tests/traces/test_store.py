@@ -1,7 +1,9 @@
 """The store: what is written comes back, what is damaged is named, what is hostile is refused."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from helpers import make_spec, make_table
 from moesim.cli import main
-from moesim.traces import TraceError
+from moesim.traces import InputError, TraceError
 from moesim.traces.store import MANIFEST, Trace, TraceWriter
 
 
@@ -93,7 +95,17 @@ def test_newer_schema(trace):
 
 
 @pytest.mark.parametrize(
-    "name", ["../encoder-00000.safetensors", "/etc/passwd.safetensors", "a/b.safetensors", "x.txt", 5]
+    "name",
+    [
+        "../encoder-00000.safetensors",
+        "/etc/passwd.safetensors",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        "a\0.safetensors",
+        "\ud800.safetensors",
+        "x.txt",
+        5,
+    ],
 )
 def test_a_shard_name_must_stay_in_the_folder(trace, name):
     edit(trace, lambda m: m["shards"][0].update(name=name))
@@ -115,6 +127,8 @@ def test_a_shard_name_must_stay_in_the_folder(trace, name):
         lambda m: m["shards"][0].update(stack="middle"),
         lambda m: m["shards"][0].update(tokens=-1),
         lambda m: m["shards"][0].update(tokens=5),
+        lambda m: m["shards"].append(m["shards"][0]),
+        lambda m: m["request_text"].pop(),
         lambda m: m.update(request_text=[9]),
         lambda m: m.update(provenance=None),
         lambda m: m.update(schema_version="1"),
@@ -142,6 +156,90 @@ def test_weights_that_are_no_numbers(tmp_path):
     table = make_table()
     table.topk_weights[0] = np.nan
     assert "a gate weight is not a finite number" in verify(write(tmp_path / "x.moetrace", table))
+
+
+def test_names_in_a_manifest_are_not_markup(trace):
+    edit(trace, lambda m: m["provenance"].update(model="[/b] model"))
+    result = CliRunner().invoke(main, ["trace", "info", str(trace.path)])
+    assert result.exit_code == 0 and "[/b] model" in result.output
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_killed_at_any_file_operation_it_leaves_a_sound_trace(tmp_path, monkeypatch, replaces):
+    """Dies before the n-th flush, rename or deletion, for every n; nothing after that runs, as after kill -9."""
+    operations = [(os, "fsync"), (Path, "replace"), (Path, "unlink")]
+    plain = {name: getattr(owner, name) for owner, name in operations}
+    seen = set()
+    for n in range(60):
+        path, left = tmp_path / f"{n}.moetrace", [n]
+        if replaces:
+            write(path, shard_tokens=100)
+
+        def dying(*args, name, left=left, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return plain[name](*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            for owner, name in operations:
+                patch.setattr(owner, name, lambda *a, name=name, **k: dying(*a, name=name, **k))
+            try:
+                writer = TraceWriter(path, make_spec(), {"model": "new"}, shard_tokens=100, overwrite=replaces)
+                for rows in np.array_split(np.arange(512), 5):
+                    writer.append("encoder", make_table().take(rows))
+                writer.close()
+            except Killed:
+                pass
+        if (path / MANIFEST).exists():
+            trace = Trace.open(path)
+            tokens = sum(shard.tokens for shard in trace.verify())
+            seen.add((trace.provenance["model"], tokens))
+            assert trace.provenance["model"] == "new" or tokens == 512, "the old trace lost tokens"
+        else:
+            assert not replaces, "the old trace is gone"
+            write(path, overwrite=True)  # what is left is not in the way of the next recording
+        if left[0] >= 0:
+            break
+    assert left[0] >= 0 and ("new", 512) in seen and (("by hand", 512) in seen) == replaces
+
+
+def test_a_failure_before_the_first_token_leaves_what_was_there(tmp_path):
+    old = write(tmp_path / "old.moetrace")
+    for path in (old.path, tmp_path / "new.moetrace"):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            TraceWriter(path, make_spec(), {}, overwrite=True),
+        ):
+            raise KeyboardInterrupt
+    assert Trace.open(old.path).provenance == {"model": "by hand"} and list(Trace.open(old.path).verify())
+    assert not (tmp_path / "new.moetrace").exists()
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "a web page"}', "[]", "no JSON"])
+def test_a_folder_of_another_program_is_not_replaced(tmp_path, manifest):
+    (tmp_path / MANIFEST).write_text(manifest)
+    (tmp_path / "model.safetensors").write_text("weights")
+    with pytest.raises(InputError, match="is not a trace, so it will not be replaced"):
+        write(tmp_path, overwrite=True)
+    assert (tmp_path / MANIFEST).read_text() == manifest and (tmp_path / "model.safetensors").exists()
+
+
+def test_replacing_deletes_only_files_of_the_trace(trace):
+    (trace.path / "notes.safetensors").write_text("mine")
+    replaced = write(trace.path, make_table(requests=2), shard_tokens=20, overwrite=True)
+    assert replaced.leftovers() == ["notes.safetensors"]
+    assert len(replaced.table("encoder")) == 64
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/x.moetrace: cannot be written \(.*\); make room or choose"):
+        write(tmp_path / "file" / "x.moetrace")
 
 
 def test_not_a_trace(tmp_path):
