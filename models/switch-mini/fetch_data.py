@@ -217,7 +217,7 @@ def write_samples(data: Path, paths: dict[str, Path], folder: Path) -> None:
         (folder / f"{kind}.txt").write_text("\n\n".join(chosen) + "\n", encoding="utf-8")
     parts = [f"{'=' * 20} {name} {'=' * 20}\n\n{text.strip()}\n" for name, text in licence_texts(paths)]
     head = "Licences of the code and the collection that the samples quote; sources: ../README.md.\n\n"
-    (folder / "LICENSES.txt").write_text(head + "\n".join(parts), encoding="utf-8")
+    (folder / "LICENSES.md").write_text(head + "\n".join(parts), encoding="utf-8")
 
 
 def main() -> int:
