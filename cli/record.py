@@ -24,8 +24,9 @@ from moesim.traces.store import MANIFEST, Trace
     required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="UTF-8 text file, or a folder of .txt files; may be given several times.",
+    help="UTF-8 text file, or a folder of .txt files; several may follow, as in --text *.txt.",
 )
+@click.argument("more_texts", metavar="[TEXT]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The trace to write, NAME.moetrace.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
@@ -40,6 +41,7 @@ from moesim.traces.store import MANIFEST, Trace
 def record(
     model: str,
     texts: tuple[Path, ...],
+    more_texts: tuple[Path, ...],
     out: Path,
     device: str,
     dtype: str,
@@ -58,7 +60,7 @@ def record(
 
     \b
     moesim record --model models/switch-mini --text models/switch-mini/samples --out mini.moetrace
-    moesim record --model google/switch-base-128 --text a.txt --text b.txt --generate 16 --out base.moetrace
+    moesim record --model google/switch-base-128 --text a.txt b.txt --generate 16 --out base.moetrace
     """
     from moesim.traces import record as recording
 
@@ -70,7 +72,7 @@ def record(
         max_tokens=max_tokens,
         lookahead=lookahead,
     )
-    contents = recording.read_texts(list(texts))
+    contents = recording.read_texts([*texts, *more_texts])
     if out.exists() and not force:
         raise InputError(f"{out} exists already; choose another name, or replace it with --force")
     loaded, tokenizer = recording.load_model(model, device=recording.pick_device(device), dtype=dtype)

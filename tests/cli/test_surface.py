@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -9,14 +10,18 @@ from click.testing import CliRunner
 
 from moesim.cli import main
 
+SHIPPED = str(Path(__file__).parents[2] / "models/switch-mini")
+
 SURFACE = {
     "record": "--model --text --out --device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate "
     "--lookahead --force --json",
     "trace info": "--json",
     "trace verify": "--json",
-    "simulate": "",
-    "run-gpu": "",
-    "calibrate": "",
+    "simulate": "--policy --baseline --profile --gpus --batch-tokens --phase --extra-slots --max-steps --dtype "
+    "--shapes --json --out --picture --event-log --decision-log",
+    "run-gpu": "--policy --baseline --ranks --device --trace --text --batch-tokens --phase --extra-slots --max-steps "
+    "--repeats --warmup --dtype --json --out --decision-log",
+    "calibrate": "--ranks --device --out --dtype --batch-tokens --extra-slots",
     "compare": "--baseline --json --out",
     "demo": "--model --out --ranks --device --max-tokens --batch-tokens",
 }
@@ -56,7 +61,8 @@ def test_help_has_an_example(name):
         (["compare", "a.json", "b.json"], "a.json: cannot be read"),
         (["demo", "--model", "nothing"], "nothing/samples: no such folder"),
         (["run-gpu", "nothing", "--policy", "balanced", "--ranks", "2"], "nothing"),
-        (["run-gpu", "nothing", "--policy", "oracle", "--ranks", "2"], "oracle"),
+        (["run-gpu", SHIPPED, "--policy", "oracle", "--ranks", "2"], "oracle"),
+        (["run-gpu", SHIPPED, "--policy", "balanced", "--ranks", "33"], "33"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments, message):

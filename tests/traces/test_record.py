@@ -154,6 +154,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, change, me
     assert not Path("x.moetrace").exists()
 
 
+def test_several_texts_may_follow_one_option(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("Call me Ishmael. Some years ago.")
+    out = tmp_path / "x.moetrace"
+    texts = ["--text", tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert run("record", "--model", SHIPPED, *texts, "--out", out, "--device", "cpu").exit_code == 0
+    assert sorted(Trace.open(out).request_texts) == ["a.txt", "b.txt"]
+
+
 def test_force_replaces_a_trace_but_never_another_folder(tmp_path, tokenizer, texts):
     out = tmp_path / "t.moetrace"
     model = random_switch(8)
