@@ -152,8 +152,7 @@ def training_table(training: Json, counts: Json) -> str:
     plan, versions = training["plan"], training["versions"]
     facts = {
         "seed": plan["seed"],
-        "steps": f"{training['step']} of a schedule of {plan['steps']}",
-        "early end": "from step {} to step {}".format(*plan["early_end"]) if plan["early_end"] else "none",
+        "steps": f"{training['step']} of {plan['steps']}",
         "examples a step, tokens an example": f"{plan['batch']} x {plan['length']}, every fourth step "
         f"{plan['batch'] // 2} x {2 * plan['length']}",
         "tokens seen": f"{training['tokens'] / 1e6:.1f} million",

@@ -52,15 +52,9 @@ class RunError(Exception):
     """The run folder or an option does not fit; the message is for the user."""
 
 
-def learning_rate(step: int, steps: int, early_end: list[int] | None) -> float:
-    """Linear warm-up, then half a cosine down to zero at the last step.
-
-    A run that turns out too long for its machine can be ended early without a jump: from one step on the
-    cosine is multiplied by a line that reaches zero at another. Given from the start, it is the same run.
-    """
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to zero at the last step; relative to the peak."""
     factor = 0.5 * (1 + math.cos(math.pi * max(0, step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
-    if early_end and step > early_end[0]:
-        factor *= (early_end[1] - step) / (early_end[1] - early_end[0])
     return factor * min(1.0, (step + 1) / WARMUP_STEPS)
 
 
@@ -119,9 +113,8 @@ class Trainer:
         tokenizer = load_tokenizer(options.tokenizer)
         self.splits = [Split.load(options.data, kind, "train", tokenizer) for kind in KINDS]
         self.facts: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
-        names = ("seed", "steps", "batch", "length", "early_end")
+        names = ("seed", "steps", "batch", "length")
         self.plan = {name: getattr(options, name) for name in names}
-        self.last = options.early_end[1] if options.early_end else options.steps
         if (self.run / CHECKPOINT).is_file():
             self.model, tensors, self.facts = load_checkpoint(self.run)
             self.check_plan()
@@ -136,11 +129,8 @@ class Trainer:
         self.stopped = False
 
     def check_plan(self) -> None:
-        """A resumed run keeps its plan; only an end that is still ahead may be added."""
-        old = {"early_end": None} | self.facts["plan"]
-        new_end = self.plan["early_end"]
-        ahead = new_end and old["early_end"] is None and self.facts["step"] <= new_end[0]
-        if old != self.plan and not (ahead and old | {"early_end": new_end} == self.plan):
+        """A resumed run keeps its plan. Raises RunError where it has another."""
+        if (old := self.facts["plan"]) != self.plan:
             raise RunError(f"{self.run} holds step {self.facts['step']} of a run with other options: {old}")
 
     def check_experts(self) -> None:
@@ -151,7 +141,7 @@ class Trainer:
 
     def step(self, number: int) -> dict[str, Any]:
         """One update; returns what the log wants to know."""
-        factor = learning_rate(number, self.options.steps, self.options.early_end)
+        factor = learning_rate(number, self.options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * factor * group["factor"]
         rows = batch_for_step(self.splits, self.options.seed, number, self.options.batch, self.options.length)
@@ -205,8 +195,8 @@ class Trainer:
         columns = (*bar, TextColumn("loss {task.fields[loss]:.3f}"))
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             first = self.facts["step"]
-            task = progress.add_task("training", total=self.last, completed=first, loss=float("nan"))
-            for number in range(first, self.last):
+            task = progress.add_task("training", total=self.options.steps, completed=first, loss=float("nan"))
+            for number in range(first, self.options.steps):
                 began = time.monotonic()
                 report = self.step(number)
                 self.facts["step"] = number + 1
@@ -251,8 +241,6 @@ def arguments() -> argparse.Namespace:
     for name, default in defaults.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=default, help=f"default {default}")
-    early = "go to a zero learning rate between these two steps and end there"
-    parser.add_argument("--early-end", type=int, nargs=2, metavar=("FROM", "TO"), help=early)
     parser.add_argument("--time-limit", type=float, default=math.inf, help="minutes until it saves and stops")
     return parser.parse_args()
 
