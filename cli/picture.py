@@ -1,13 +1,18 @@
-"""The picture of a run: tokens on each GPU over time, baseline above winner. Knows nothing about how it came about."""
+"""Pictures: the load of GPUs over a run, and of experts in a recording. Knows nothing about how they came about."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.sim.results import Result
 from moesim.traces import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def load_over_time(results: list[Result], path: Path, title: str) -> None:
@@ -32,6 +37,34 @@ def load_over_time(results: list[Result], path: Path, title: str) -> None:
         axis.grid(alpha=0.25)
     axes[-1].set_xlabel("step (its layers side by side)")
     axes[0].legend(ncols=min(9, share.shape[1] + 1), fontsize=7, loc="upper right")
+    _save(figure, path, title)
+
+
+def load_heat_map(loads_WLE: NDArray[np.integer], path: Path, title: str) -> None:
+    """Write a PNG: above, layers x experts in multiples of the mean load; below, the busiest expert of each window."""
+    from matplotlib.figure import Figure
+
+    total_LE = loads_WLE.sum(axis=0).astype(float)
+    share_LE = total_LE / np.maximum(total_LE.mean(axis=1, keepdims=True), 1e-9)
+    windows = loads_WLE.astype(float)
+    peak_WL = windows.max(axis=2) / np.maximum(windows.mean(axis=2), 1e-9)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    drawn = above.imshow(share_LE, aspect="auto", cmap="viridis", interpolation="nearest")
+    above.set_xlabel("expert")
+    above.set_ylabel("MoE layer")
+    figure.colorbar(drawn, ax=above, label="tokens / mean")
+    for layer in range(peak_WL.shape[1]):
+        below.plot(peak_WL[:, layer], linewidth=0.9, label=f"layer {layer}")
+    below.set_xlabel("window")
+    below.set_ylabel("busiest expert / mean")
+    below.grid(alpha=0.25)
+    if peak_WL.shape[1] <= 12:
+        below.legend(ncols=6, fontsize=7)
+    _save(figure, path, title)
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

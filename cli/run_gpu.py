@@ -79,7 +79,7 @@ def run_gpu(
 ) -> None:
     """Run policies with the Switch model in folder MODEL, expert-parallel over ranks, and print measured speedups.
 
-    Policies are fitted on the even requests of the trace and run on the odd ones. The baseline is always run too, and
+    Policies are fitted on one half of the trace's requests and run on the other. The baseline is always run too, and
     all policies take turns in the same processes, so that the ratios come from one run. Starts its ranks itself, or
     joins those of torchrun. The median repeat is reported; every rank holds the whole model in host memory.
 

@@ -70,7 +70,7 @@ def simulate(
 ) -> None:
     """Simulate policies on the requests of TRACE and print their speedup over a baseline.
 
-    Policies are fitted on the even requests of the trace and run on the odd ones. The baseline is always run too.
+    Policies are fitted on one half of the trace's requests and run on the other. The baseline is always run too.
 
     \b
     moesim simulate mini.moetrace --policy all --profile 8xH100-NVLink

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moesim.cli.record import progress_bar
+from moesim.cli.stats import stats
 from moesim.traces.statistics import LayerStats, layer_stats, window_loads
 from moesim.traces.store import Trace
 
@@ -26,6 +27,7 @@ def trace() -> None:
 
     \b
     moesim trace info mini.moetrace
+    moesim trace stats mini.moetrace --gpus 8
     moesim trace verify mini.moetrace
     """
 
@@ -74,6 +76,9 @@ def verify(path: Path, as_json: bool) -> None:
     click.echo(f"{path}: sound, {len(opened.shards)} shards, {sound:,} tokens")
     if leftovers:
         click.echo(f"not part of the trace, left behind by an interrupted recording: {', '.join(leftovers)}")
+
+
+trace.add_command(stats)
 
 
 def _as_dict(opened: Trace, stats: dict[str, list[LayerStats]]) -> dict[str, Any]:

@@ -52,9 +52,9 @@ class Scenario:
     cluster: Cluster
     batch_tokens: int
     fit: TokenTable
-    """Even requests: predictors and placements learn from these."""
+    """The requests that predictors and placements learn from."""
     run: TokenTable
-    """Odd requests: these are executed."""
+    """The others: these are executed."""
     batches: tuple[Batch, ...]
 
     @property
@@ -76,7 +76,7 @@ class Scenario:
             "batch_tokens": self.batch_tokens,
             "steps": len(self.batches),
             "tokens": sum(len(batch.tokens) for batch in self.batches),
-            "split": "fitted on even requests, run on odd ones",
+            "split": "fitted on one half of the requests, run on the other",
         }
 
     def steps(self) -> Iterator[StepInput]:

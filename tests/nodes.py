@@ -6,7 +6,7 @@ from helpers import make_spec
 from moesim.sim.policies import Policy, Recipe, Target, contiguous_placement, make_policy
 from moesim.sim.profile import Attention, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
 from moesim.sim.scenario import make_scenario
-from moesim.traces import Phase, TokenTable
+from moesim.traces import Phase, TokenTable, held_out
 
 MS = 1e-3
 P2P = Link(latency_s=0.5 * MS, bytes_per_s=1.024e6)
@@ -64,17 +64,19 @@ def scripted(scene, moves):
 def two_layers(gpus=2, steps=1, extra_slots=1, phase=Phase.ENCODER):
     """As many experts as GPUs, a request of 4 tokens on each GPU. Layer 0: every token stays on its GPU; layer 1: all
     tokens go to expert 0."""
-    requests = 2 * gpus * steps
-    request = np.repeat(np.arange(requests), 4)
+    executed = np.flatnonzero(held_out(np.arange(8 * gpus * steps, dtype=np.int32)))[: gpus * steps]
+    requests = int(executed[-1]) + 1
+    request = np.repeat(np.arange(requests, dtype=np.int32), 4)
     T = len(request)
+    place = np.searchsorted(executed, request)  # of each executed request among the executed ones
     ids = np.zeros((T, 2, 1), np.uint8)
-    ids[:, 0, 0] = request // 2 % gpus
+    ids[:, 0, 0] = place % gpus
     table = TokenTable(
         topk_ids=ids,
         topk_weights=np.ones((T, 2, 1), np.float16),
         dropped=np.zeros((T, 2), bool),
         token_id=np.zeros(T, np.int32),
-        request=request.astype(np.int32),
+        request=request,
         position=np.tile(np.arange(4), requests).astype(np.int32),
         step=np.zeros(T, np.int32),
         phase=np.full(T, phase, np.uint8),

@@ -1,6 +1,6 @@
 """What the router did: tokens, specs, batching. Imports without torch."""
 
-from moesim.traces.batching import Batch, StepTokens, assign_ranks, batches, split_requests
+from moesim.traces.batching import Batch, StepTokens, assign_ranks, batches, held_out, split_requests
 from moesim.traces.errors import InputError, MoesimError, PolicyError, TraceError
 from moesim.traces.spec import DTYPE_BYTES, ModelSpec, StackSpec
 from moesim.traces.tokens import Phase, TokenTable, concat, id_dtype, load_LE
@@ -20,6 +20,7 @@ __all__ = [
     "assign_ranks",
     "batches",
     "concat",
+    "held_out",
     "id_dtype",
     "load_LE",
     "split_requests",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.traces.batching import held_out
 from moesim.traces.errors import InputError
 from moesim.traces.tokens import TokenTable
 
@@ -127,8 +128,8 @@ class Overlap:
     """Share of a token's experts that the token before it in the same request also chose."""
     adjacent_chance: float
     next_layer: float | None
-    """Accuracy of guessing the next layer's first expert from this one's, by the most frequent follower (fitted on even
-    requests, scored on odd ones); None for the last layer."""
+    """Accuracy of guessing the next layer's first expert from this one's, by the most frequent follower (fitted on one
+    half of the requests, scored on the other); None for the last layer."""
     next_layer_chance: float | None
     """The same, always guessing the next layer's most frequent expert."""
 
@@ -141,7 +142,7 @@ def overlaps(table: TokenTable, num_experts: int) -> list[Overlap]:
     follows = (request[1:] == request[:-1]) & (np.diff(table.position[order]) == 1)
     if not follows.any():
         raise InputError("no two tokens of a request are adjacent: there is no overlap to measure")
-    even = request % 2 == 0
+    fit = ~held_out(request)
     out = []
     for layer in range(table.num_layers):
         here, before = ids[1:, layer][follows], ids[:-1, layer][follows]
@@ -149,7 +150,7 @@ def overlaps(table: TokenTable, num_experts: int) -> list[Overlap]:
         share = np.bincount(ids[:, layer].ravel(), minlength=num_experts) / len(ids)
         chance = float((share**2).sum() / ids.shape[2])
         last = layer + 1 == table.num_layers
-        ahead = (None, None) if last else _follower_accuracy(ids[:, layer, 0], ids[:, layer + 1, 0], even, num_experts)
+        ahead = (None, None) if last else _follower_accuracy(ids[:, layer, 0], ids[:, layer + 1, 0], fit, num_experts)
         out.append(
             Overlap(
                 layer=layer,

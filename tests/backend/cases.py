@@ -26,8 +26,8 @@ from moesim.traces import Phase, TokenTable
 from moesim.traces.routers import adapter_of
 
 EXPERTS, CAPACITY, LAYERS, BATCH_TOKENS = 8, 5, 4, 14
-ENCODER_LENGTHS = [7, 9, 5, 24, 16, 3, 11, 40, 6, 8, 2, 19, 30, 12, 4, 33, 21, 1, 14, 10]
-DECODER_LENGTHS = [5, 8, 12, 3, 18, 30, 9, 2, 6, 11, 25, 7, 1, 16, 4, 10, 20, 8, 13, 22]
+ENCODER_LENGTHS = [7, 9, 5, 24, 16, 3, 11, 40, 6, 8, 2, 19, 30, 12, 4, 33, 21, 1, 14, 10, 26, 17, 13, 29, 9, 15]
+DECODER_LENGTHS = [5, 8, 12, 3, 18, 30, 9, 2, 6, 11, 25, 7, 1, 16, 4, 10, 20, 8, 13, 22, 3, 14, 27, 6, 12, 19]
 
 
 def tiny_model(seed=0):

@@ -38,7 +38,7 @@ def test_the_tables_and_their_footnotes(trace):
     for words in (
         "Speedup over contiguous (simulated)",
         "encoder of switch, 8 GPUs, 64 tokens a batch, 5 steps, 320 tokens",
-        "bfloat16; fitted on even requests, run on odd ones",
+        "bfloat16; fitted on one half of the requests, run on the other",
         "8xH100-NVLink (from spec sheets, not measured: NVIDIA H100 SXM5 80 GB)",
         "time of decisions: not modelled",
     ):

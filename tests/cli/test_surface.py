@@ -16,6 +16,7 @@ SURFACE = {
     "record": "--model --text --out --device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate "
     "--lookahead --force --json",
     "trace info": "--json",
+    "trace stats": "--stack --window-tokens --gpus --picture --json",
     "trace verify": "--json",
     "simulate": "--policy --baseline --profile --gpus --batch-tokens --phase --extra-slots --max-steps --dtype "
     "--shapes --json --out --picture --event-log --decision-log",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import make_table
-from moesim.traces import InputError, Phase, assign_ranks, batches, split_requests
+from moesim.traces import InputError, Phase, assign_ranks, batches, held_out, split_requests
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 200), st.integers(0, 100))
@@ -45,6 +45,14 @@ def test_fit_and_run_share_no_request():
     fit, run = split_requests(make_table(requests=7))
     assert not set(fit.request) & set(run.request)
     assert len(fit) + len(run) == 7 * 32
+
+
+@pytest.mark.parametrize("texts", [2, 3, 4, 5, 8])
+def test_each_half_holds_half_of_every_text_though_texts_come_in_turn(texts):
+    request = np.arange(400, dtype=np.int32)
+    for text in range(texts):
+        assert 0.4 < held_out(request[request % texts == text]).mean() < 0.6
+    assert held_out(request[:2]).tolist() == [False, True]
 
 
 def test_clear_errors():

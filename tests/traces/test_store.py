@@ -259,3 +259,16 @@ def test_info_tells_what_is_there(trace):
     assert told["counts"] == {"encoder": {"encoder": 512}}
     assert told["requests"] == {"a.txt": 8, "b.txt": 8}
     assert CliRunner().invoke(main, ["trace", "info", str(trace.path)]).exit_code == 0
+
+
+def test_stats_prints_draws_and_speaks_json(trace, tmp_path):
+    run = CliRunner().invoke
+    picture = tmp_path / "load.png"
+    shown = run(main, ["trace", "stats", str(trace.path), "--window-tokens", "64", "--picture", str(picture)])
+    assert shown.exit_code == 0 and "8 windows of 64" in shown.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    told = json.loads(run(main, ["trace", "stats", str(trace.path), "--json", "--gpus", "4"]).output)["encoder"]
+    assert told["tokens"] == 512 and len(told["layers"]) == 3
+    assert 0.25 <= told["layers"][0]["balancedness"]["4"][0] <= 1
+    wrong = run(main, ["trace", "stats", str(trace.path), "--gpus", "a few"])
+    assert wrong.exit_code == 2 and "whole numbers with commas" in wrong.stderr
