@@ -76,25 +76,34 @@ class Reference:
         self.seen = []
         for layer in sparse_layers(model.decoder if decoder else model.encoder).values():
             layer.mlp.router.register_forward_hook(self._note)
+        model.decoder.register_forward_hook(self._keep)
 
     def _note(self, module, args, output):
         mask, _, logits = output
         self.seen.append((logits.argmax(-1), mask.sum(-1) == 0))
 
+    def _keep(self, module, args, output):
+        self.decoded = output.last_hidden_state
+
     @torch.inference_mode()
     def __call__(self, batch, decoder_batch=None):
-        """(output [N, X] at real positions, ids [N, L], dropped [N, L]); logits where there is a decoder batch."""
+        """(last hidden states [N, D] at real positions, ids [N, L], dropped [N, L]), the decoder's if it has a batch.
+
+        The states are what a rank computes; the output head that follows is the model's own, and its sums over numbers
+        of size 10 would add rounding of their own.
+        """
         self.seen.clear()
         if decoder_batch is None:
             real, out = batch.real(), self.model.encoder(batch.ids_BS, attention_mask=batch.mask_BS).last_hidden_state
         else:
             real = decoder_batch.real()
-            out = self.model(
+            self.model(
                 input_ids=batch.ids_BS,
                 attention_mask=batch.mask_BS,
                 decoder_input_ids=decoder_batch.ids_BS,
                 decoder_attention_mask=decoder_batch.mask_BS,
-            ).logits
+            )
+            out = self.decoded
         picked = [torch.stack([each[i].reshape(-1)[real] for each in self.seen], 1).numpy() for i in (0, 1)]
         return out.reshape(-1, out.shape[-1])[real], *picked
 
@@ -163,7 +172,6 @@ def run_case(ranks, phase, model, policies):
     recording, encoder_table = recorded(copy.deepcopy(model), decoder)
     scenario = make_scenario(spec_of(model), recording, phase=phase, gpus=ranks.size, batch_tokens=BATCH_TOKENS)
     wanted = expected(copy.deepcopy(model), scenario, encoder_table)
-    lm_head = copy.deepcopy(model.lm_head)
     executor = Executor(ranks, copy.deepcopy(model), scenario, encoder_table)
     found = {}
     for name in policies:
@@ -172,9 +180,7 @@ def run_case(ranks, phase, model, policies):
         def keep(number, hidden, differences=differences):
             mine = np.flatnonzero(list(scenario.steps())[number].rank == ranks.rank)
             if len(mine):
-                with torch.inference_mode():
-                    got = lm_head(hidden * model.config.d_model**-0.5) if decoder else hidden
-                differences.append(float((got - wanted[number][0][mine]).abs().max()))
+                differences.append(float((hidden - wanted[number][0][mine]).abs().max()))
 
         log = DecisionLog()
         policy = make_policy(name, scenario.cluster, scenario.fit)
