@@ -53,8 +53,6 @@ class Predictor(Protocol):
     """Fitted once on recorded requests, then asked before a layer has routed."""
 
     name: str
-    clairvoyant: bool
-    """True only for the oracle, which is shown the truth through `reveal`."""
 
     def fit(self, table: TokenTable, num_experts: int) -> None:
         """Learn from the tokens of `table`; they must not be the ones that are scored."""

@@ -21,7 +21,6 @@ class Frequency:
     """
 
     name = "frequency"
-    clairvoyant = False
 
     def fit(self, table: TokenTable, num_experts: int) -> None:
         """Count the tokens of every expert: share_LE sums to 1 in each layer."""
@@ -44,8 +43,6 @@ class Window:
 
     Source: the load history that EPLB (DeepSeek) balances on. steps=1 is the "previous batch".
     """
-
-    clairvoyant = False
 
     def __init__(self, steps: int = 16, name: str = "window") -> None:
         self.steps = steps
@@ -75,7 +72,6 @@ class Markov:
     """
 
     name = "markov"
-    clairvoyant = False
 
     def __init__(self, smoothing: float = 0.5) -> None:
         self.smoothing = smoothing
@@ -113,7 +109,6 @@ class TokenTableLookup:
     """
 
     name = "token-table"
-    clairvoyant = False
 
     def __init__(self, smoothing: float = 1.0) -> None:
         self.smoothing = smoothing

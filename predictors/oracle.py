@@ -12,7 +12,6 @@ class Oracle:
     """Repeats the truth that the driver revealed. The only predictor that knows the future; its name says so."""
 
     name = "oracle"
-    clairvoyant = True
 
     def fit(self, table: TokenTable, num_experts: int) -> None:
         """Learns nothing; remembers E."""

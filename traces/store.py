@@ -75,7 +75,6 @@ class TraceWriter:
     ) -> None:
         self.path, self.spec, self.provenance = path, spec, dict(provenance)
         self.shard_tokens = shard_tokens
-        self._overwrite = overwrite
         self._old = _old_files(path, overwrite)
         # Numbers go on after the replaced trace's, so that it stays whole until the new manifest is there.
         self._first_number = max((int("".join(filter(str.isdigit, name))) + 1 for name in self._old), default=0)

@@ -79,7 +79,7 @@ class TokenTable:
 
     def take(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> TokenTable:
         """The rows at `index`, in that order."""
-        return TokenTable(**{name: column[index] for name, column in self.arrays().items()})  # type: ignore[arg-type]
+        return TokenTable(**{name: column[index] for name, column in self.arrays().items()})  # type: ignore[arg-type] # names give the dtypes
 
 
 def concat(tables: list[TokenTable]) -> TokenTable:
