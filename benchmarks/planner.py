@@ -56,7 +56,7 @@ def main() -> None:
             held.append(with_replicas)
         counts = [np.stack([rng.multinomial(n, np.ones(gpus) / gpus) for n in load], axis=1) for load in loads]
         splits = [exact_split(load, usable) for load, usable in zip(loads, held, strict=True)]
-        # noqa B023: each lambda is called at once, within its own turn of the loop.
+        # Each lambda is called at once, within its own turn of the loop: B023 does not apply.
         parts = {
             "replicas": timed(lambda i: replicas(loads[i].astype(float), home, none, extra)),  # noqa: B023
             "exact_split": timed(lambda i: exact_split(loads[i], held[i])),  # noqa: B023
