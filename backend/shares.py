@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from moesim.sim.scenario import Scenario
-from moesim.traces import InputError, TokenTable
+from moesim.traces import InputError, TokenTable, vocabulary_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def shares(scenario: Scenario, rank: int, device: torch.device, encode: Encoder 
             made.append(Share(tokens=0, batch=None, real_N=torch.empty(0, dtype=torch.long, device=device)))
             continue
         request, position = step.tokens.request[mine], step.tokens.position[mine]
-        batch = pad(step.tokens.token_id[mine], request, position).to(device)
+        batch = pad(vocabulary_ids(step.tokens)[mine], request, position).to(device)
         requests = request[np.sort(np.unique(request, return_index=True)[1])]
         encoded = encode(requests) if encode else None
         made.append(Share(tokens=int(mine.sum()), batch=batch, real_N=batch.real(), encoded=encoded))
@@ -92,7 +92,7 @@ class Encoder:
                 raise InputError(f"request {request} has decoder tokens but no encoder tokens: record both stacks")
         index = np.concatenate([found[np.argsort(self._table.position[found])] for found in rows])
         table = self._table
-        batch = pad(table.token_id[index], table.request[index], table.position[index]).to(self._device)
+        batch = pad(vocabulary_ids(table)[index], table.request[index], table.position[index]).to(self._device)
         states = self._encoder(input_ids=batch.ids_BS, attention_mask=batch.mask_BS).last_hidden_state
         return states, batch.mask_BS
 

@@ -140,8 +140,8 @@ def check_trace(spec: ModelSpec, stack_name: str, patched: SwitchStack) -> None:
     """Raise InputError naming the first difference between a recording and the model that is to run it."""
     recorded = spec.stack(stack_name)
     pairs = {
-        "d_model": (spec.d_model, patched.shape.d_model),
-        "d_ff": (spec.d_ff, patched.shape.d_ff),
+        "d_model": (spec.sized().d_model, patched.shape.d_model),
+        "d_ff": (spec.sized().d_ff, patched.shape.d_ff),
         "experts": (spec.num_experts, patched.experts),
         "layers": (recorded.num_layers, len(patched.stack.block)),  # type: ignore[arg-type]
         "MoE layers": (recorded.moe_layers, patched.layers),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moesim.sim.residency import Cluster
 from moesim.sim.scenario import Scenario
-from moesim.traces import Batch, ModelSpec, Phase, StepTokens, TokenTable, id_dtype
+from moesim.traces import Batch, ModelSpec, Phase, TokenTable, id_dtype, step_tokens
 
 Random = np.random.Generator
 
@@ -26,7 +26,7 @@ def synthetic_scenario(
     ends = np.cumsum([sum(step) for step in steps])
     batches = []
     for index, rows in enumerate(np.split(np.arange(len(table)), ends[:-1])):
-        tokens = StepTokens(token_id=table.token_id[rows], request=table.request[rows], position=table.position[rows])
+        tokens = step_tokens(table, rows)
         batches.append(Batch(index=index, rows=rows, tokens=tokens))
     return Scenario(
         spec=spec,
@@ -42,6 +42,7 @@ def synthetic_scenario(
 def synthetic_table(spec: ModelSpec, layers: int, lengths: list[int], rng: Random) -> TokenTable:
     """Tokens with Zipf-like ids, whose experts follow from the id for the most part, so that predictors have work."""
     T = sum(lengths)
+    assert spec.vocab_size is not None, "the spec comes from a loaded model"
     token: NDArray[np.int64] = rng.zipf(1.3, T) % spec.vocab_size
     chosen = (token[:, None] * 3 + np.arange(layers)[None, :] * 5) % spec.num_experts
     anything = rng.integers(0, spec.num_experts, (T, layers))

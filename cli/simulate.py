@@ -22,7 +22,7 @@ from moesim.sim.profile import HardwareProfile, load_profile, shipped_profiles
 from moesim.sim.results import Result, save_results
 from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
 from moesim.traces import InputError, ModelSpec, Phase
-from moesim.traces.spec import DTYPE_BYTES, SHAPES
+from moesim.traces.spec import DTYPE_BYTES, PUBLISHED
 
 INTERRUPTED = 130
 
@@ -42,7 +42,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Weights and activations.  [default: as recorded]")
 @click.option(
     "--shapes",
-    type=click.Choice(list(SHAPES)),
+    type=click.Choice(list(PUBLISHED)),
     help="Cost the recorded routing in a model of these widths.  [default: own]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
@@ -84,7 +84,7 @@ def simulate(
     hardware.check_gpus(gpus)
     spec, table_of = _open(trace)
     if shapes:
-        spec = spec.with_shapes(shapes)
+        spec = spec.with_widths(shapes)
     which = Phase[phase.upper()] if phase else default_phase(spec)
     scenario = make_scenario(
         spec,

@@ -66,8 +66,8 @@ def verify(path: Path, as_json: bool) -> None:
     sound = 0
     with progress_bar("checking shards") as progress:
         for shard in opened.verify():
-            sound += shard.tokens
-            progress(sound, sum(s.tokens for s in opened.shards))
+            sound += shard.rows
+            progress(sound, sum(s.rows for s in opened.shards))
     leftovers = opened.leftovers()
     if as_json:
         report = {"trace": str(path), "shards": len(opened.shards), "tokens": sound, "leftovers": leftovers}

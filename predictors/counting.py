@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.predictors.base import Forecast, Seen, from_probabilities, tokens_of
-from moesim.traces import TokenTable, load_LE
+from moesim.traces import TokenTable, load_LE, vocabulary_ids
 
 Floats = NDArray[np.float64]
 
@@ -117,7 +117,7 @@ class TokenTableLookup:
     def fit(self, table: TokenTable, num_experts: int) -> None:
         """Count experts per vocabulary id; the last row of p_LVE is the frequency, for unseen ids."""
         self._prior.fit(table, num_experts)
-        self.ids_V, row_T = np.unique(table.token_id, return_inverse=True)
+        self.ids_V, row_T = np.unique(vocabulary_ids(table), return_inverse=True)
         V, E = len(self.ids_V), num_experts
         p_LVE = []
         for layer in range(table.num_layers):
@@ -129,7 +129,7 @@ class TokenTableLookup:
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Look every token's vocabulary id up."""
-        wanted = tokens_of(seen, queued).token_id
+        wanted = vocabulary_ids(tokens_of(seen, queued))
         row = np.minimum(np.searchsorted(self.ids_V, wanted), len(self.ids_V) - 1)
         row = np.where(self.ids_V[row] == wanted, row, len(self.ids_V))
         return from_probabilities(self.p_LVE[layer][row].astype(np.float64), self._prior.top_k)

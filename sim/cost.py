@@ -66,22 +66,23 @@ def rank_tokens(tokens: StepTokens, rank_T: Ints, gpus: int, phase: Phase) -> Ra
 def layer_seconds(ranks: RankTokens, gpu: Gpu, spec: ModelSpec, dtype: str, *, moe: bool, cross: bool) -> Seconds:
     """[G] attention and dense parts of one layer: attention.launch + max(FLOPs / rate, (weights + KV cache) / HBM).
 
-    `moe`: a layer with experts has its router and shared experts here; a dense layer has one FFN of an expert's shape.
+    `moe`: a layer with experts has its router and shared experts here; a dense layer has its own FFN.
     `cross`: the decoder of an encoder-decoder attends to the encoder as well. How long the encoder's input was is not
     in the trace; it is taken to be as long as what self attention sees. In decode its keys and values are cached.
     """
-    size, inner = DTYPE_BYTES[dtype], spec.num_heads * spec.d_kv
-    projection = spec.d_model * inner  # one of the matrices Q, K, V, O
-    experts = spec.shared_experts if moe else 1
-    ffn = experts * spec.expert_params() + (spec.d_model * spec.num_experts if moe else 0)
+    w, size = spec.sized(), DTYPE_BYTES[dtype]
+    inner = w.num_heads * w.d_kv
+    outer, keys = w.d_model * inner, w.d_model * w.kv_width  # one of Q and O; K and V together
+    router = w.d_model * spec.num_experts if moe else 0
+    dense = 2 * outer + keys + w.ffn_params(w.shared_d_ff if moe else w.dense_d_ff) + router
     T, pairs, cached = ranks.tokens_G, ranks.pairs_G, ranks.cached_G
-    flops_G = 2 * T * (4 * projection + ffn) + 4 * pairs * inner
-    read_G = (4 * projection + ffn) * size + 2 * cached * inner * size
+    flops_G = 2 * T * dense + 4 * pairs * inner
+    read_G = dense * size + cached * w.kv_width * size
     if cross:
         # Q and O of the decoder's tokens; K and V of the encoder's, once, in prefill.
         of_encoder = np.where(cached > 0, 0, T)
-        flops_G = flops_G + 2 * (T + of_encoder) * 2 * projection + 4 * pairs * inner
-        read_G = read_G + 4 * projection * size + 2 * cached * inner * size
+        flops_G = flops_G + 2 * (2 * T * outer + of_encoder * keys) + 4 * pairs * inner
+        read_G = read_G + (2 * outer + keys) * size + cached * w.kv_width * size
     total_G = gpu.attention.launch_s + np.maximum(flops_G / gpu.attention_rate(dtype), read_G / gpu.hbm_rate)
     return np.where(T > 0, total_G, 0.0)
 
@@ -113,4 +114,4 @@ def all_to_all_seconds(send_GG: Ints, link: Link, spec: ModelSpec, dtype: str) -
         return 0.0
     away_GG = send_GG - np.diag(np.diag(send_GG))
     most = max(int(away_GG.sum(axis=0).max()), int(away_GG.sum(axis=1).max()))
-    return link.seconds(most * spec.d_model * DTYPE_BYTES[dtype])
+    return link.seconds(most * spec.sized().d_model * DTYPE_BYTES[dtype])

@@ -66,8 +66,8 @@ class Scenario:
         """What both executors report of the inputs; two results are comparable only where all of it agrees."""
         return {
             "family": self.spec.family,
-            "d_model": self.spec.d_model,
-            "d_ff": self.spec.d_ff,
+            "d_model": self.spec.sized().d_model,
+            "d_ff": self.spec.sized().d_ff,
             "experts": self.spec.num_experts,
             "layers": self.cluster.layers,
             "phase": self.phase.name.lower(),

@@ -2,23 +2,20 @@
 
 import numpy as np
 
-from moesim.traces import ModelSpec, StackSpec, TokenTable, id_dtype
+from moesim.traces import ModelSpec, StackSpec, TokenTable, Widths, id_dtype
 
 
 def make_spec(layers=3, experts=8, **changes):
     fields = {
         "family": "switch",
-        "d_model": 16,
-        "d_ff": 32,
-        "num_heads": 2,
-        "d_kv": 8,
         "num_experts": experts,
         "top_k": 1,
-        "gated": False,
         "capacity": 64,
-        "shared_experts": 0,
+        "groups": 1,
+        "top_groups": 1,
         "vocab_size": 100,
         "dtype": "float32",
+        "widths": Widths(d_model=16, d_ff=32, num_heads=2, d_kv=8, kv_width=32, gated=False, dense_d_ff=32),
         "stacks": (StackSpec(name="encoder", num_layers=layers, moe_layers=tuple(range(layers))),),
     }
     return ModelSpec(**{**fields, **changes})

@@ -21,15 +21,15 @@ from moesim.traces.tokens import Phase, TokenTable
 class StepTokens:
     """The T tokens of one step as they are known before any layer routes them."""
 
-    token_id: NDArray[np.int32]
-    """[T] vocabulary ids."""
     request: NDArray[np.int32]
     """[T] the request that each token belongs to."""
     position: NDArray[np.int32]
     """[T] position in the request."""
+    token_id: NDArray[np.int32] | None = None
+    """[T] vocabulary ids; None where the recording does not say."""
 
     def __len__(self) -> int:
-        return int(self.token_id.shape[0])
+        return int(self.request.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,13 @@ class Batch:
     index: int
     rows: NDArray[np.intp]
     tokens: StepTokens
+
+
+def vocabulary_ids(tokens: TokenTable | StepTokens) -> NDArray[np.int32]:
+    """[T] the vocabulary ids. Raises InputError where the recording has none."""
+    if tokens.token_id is None:
+        raise InputError("the recording does not say which tokens were routed (no vocabulary ids), and this needs them")
+    return tokens.token_id
 
 
 def batches(table: TokenTable, batch_tokens: int, phase: Phase) -> list[Batch]:
@@ -54,7 +61,7 @@ def batches(table: TokenTable, batch_tokens: int, phase: Phase) -> list[Batch]:
     if not requests:
         raise InputError(f"the trace has no {phase.name.lower()} tokens; record them, or choose another phase")
     groups = _decode_steps(requests, batch_tokens) if phase is Phase.DECODE else _whole_requests(requests, batch_tokens)
-    return [Batch(index=i, rows=rows, tokens=_tokens(table, rows)) for i, rows in enumerate(groups)]
+    return [Batch(index=i, rows=rows, tokens=step_tokens(table, rows)) for i, rows in enumerate(groups)]
 
 
 def split_requests(table: TokenTable) -> tuple[TokenTable, TokenTable]:
@@ -117,5 +124,7 @@ def _decode_steps(requests: list[NDArray[np.intp]], batch_tokens: int) -> Iterat
         active = [rows for rows in active if rows]
 
 
-def _tokens(table: TokenTable, rows: NDArray[np.intp]) -> StepTokens:
-    return StepTokens(token_id=table.token_id[rows], request=table.request[rows], position=table.position[rows])
+def step_tokens(table: TokenTable, rows: NDArray[np.intp]) -> StepTokens:
+    """What is known of the tokens at `rows` before they are routed."""
+    token_id = None if table.token_id is None else table.token_id[rows]
+    return StepTokens(token_id=token_id, request=table.request[rows], position=table.position[rows])

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from moesim.traces.errors import InputError
 from moesim.traces.routers import RouterRecorder, Selection
-from moesim.traces.store import TraceWriter
 from moesim.traces.tokens import Phase, TokenTable
+from moesim.traces.writer import SHARD_TOKENS, TraceWriter
 
 BROKEN_ROUTER = ((5, 0), (5, 18))
 """transformers versions from, below: their Switch router returns its values in another order and drops no token."""
@@ -158,7 +158,7 @@ def record(
     source: str,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    shard_tokens: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Path:
     """Record `model` on `texts` into the trace `out` and return its path.
 
@@ -168,8 +168,7 @@ def record(
     requests = cut_requests(texts, tokenizer, options)
     recorder = RouterRecorder(model, lookahead=options.lookahead)
     about = provenance(model, texts, options, source)
-    size = {} if shard_tokens is None else {"shard_tokens": shard_tokens}
-    with recorder, TraceWriter(out, recorder.spec, about, overwrite=overwrite, **size) as writer:
+    with recorder, TraceWriter(out, recorder.spec, about, overwrite=overwrite, shard_tokens=shard_tokens) as writer:
         first, forward, done = 0, 0, 0
         total = sum(request.tokens for request in requests)
         for group in _batches(requests, options.batch):

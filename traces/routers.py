@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moesim.traces.errors import InputError
-from moesim.traces.spec import ModelSpec, StackSpec
+from moesim.traces.spec import ModelSpec, StackSpec, Widths
 from moesim.traces.tokens import id_dtype
 
 LOOKAHEAD_WIDTH = 4
@@ -95,17 +95,22 @@ class SwitchAdapter:
         ]
         return ModelSpec(
             family="switch",
-            d_model=config.d_model,
-            d_ff=config.d_ff,
-            num_heads=config.num_heads,
-            d_kv=config.d_kv,
             num_experts=config.num_experts,
             top_k=1,
-            gated=False,
             capacity=config.expert_capacity,
-            shared_experts=0,
+            groups=1,
+            top_groups=1,
             vocab_size=config.vocab_size,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            widths=Widths(
+                d_model=config.d_model,
+                d_ff=config.d_ff,
+                num_heads=config.num_heads,
+                d_kv=config.d_kv,
+                kv_width=2 * config.num_heads * config.d_kv,
+                gated=False,
+                dense_d_ff=config.d_ff,
+            ),
             stacks=tuple(stacks),
         )
 

@@ -1,38 +1,32 @@
-"""Traces on disk: safetensors shards and a manifest in a folder, written so that a kill at any moment leaves a trace.
+"""Traces on disk, read: a folder with a manifest and safetensors shards, of tokens or of loads without tokens.
 
-A shard is written under a temporary name, flushed to disk and renamed; then the manifest is rewritten the same way.
-What the manifest does not list does not exist. Nothing is ever unpickled; shards are memory-mapped. Knows nothing about
-models.
+What the manifest does not list does not exist. Nothing is ever unpickled. Everything can be read shard by shard, so
+that a recording larger than memory is a stream. Writing is in writer.py; knows nothing about models.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from moesim.traces.errors import InputError, TraceError
+from moesim.traces.errors import TraceError
 from moesim.traces.spec import ModelSpec
-from moesim.traces.tokens import Phase, TokenTable, concat, id_dtype
+from moesim.traces.tokens import LoadTable, Phase, TokenTable, concat, concat_loads, id_dtype
 
-FORMAT, SCHEMA_VERSION = "moetrace", 1
+FORMAT, SCHEMA_VERSION = "moetrace", 2
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 1 << 16
-OPTIONAL = ("lookahead_ids",)
-OWN_SHARD = re.compile(r"(?:encoder|decoder)-\d+\.safetensors(?:\.partial)?", re.ASCII)
-"""Names that a TraceWriter gives; nothing else is ever deleted."""
+Kind = Literal["tokens", "loads"]
+"""Whether a trace says what every token chose, or only how many tokens each expert got."""
+OPTIONAL = ("topk_weights", "token_id", "lookahead_ids")
 PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 DTYPES: dict[str, tuple[type[np.generic], ...]] = {
     "topk_ids": (np.uint8, np.uint16),
@@ -45,6 +39,7 @@ DTYPES: dict[str, tuple[type[np.generic], ...]] = {
     "phase": (np.uint8,),
     "lookahead_ids": (np.uint8, np.uint16),
 }
+LOAD_DTYPES: dict[str, tuple[type[np.generic], ...]] = {"load": (np.int64,), "step": (np.int32,), "phase": (np.uint8,)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,99 +48,10 @@ class Shard:
 
     name: str
     stack: str
-    tokens: int
+    rows: int
+    """Tokens, or rows of loads."""
     bytes: int
     sha256: str
-
-
-class TraceWriter:
-    """Appends routed tokens to a new trace, shard by shard; as a context manager it completes the last shard.
-
-    Raises InputError where `path` exists and `overwrite` is not set, or is something else than a trace.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        spec: ModelSpec,
-        provenance: dict[str, Any],
-        *,
-        shard_tokens: int = SHARD_TOKENS,
-        overwrite: bool = False,
-    ) -> None:
-        self.path, self.spec, self.provenance = path, spec, dict(provenance)
-        self.shard_tokens = shard_tokens
-        self._old = _old_files(path, overwrite)
-        # Numbers go on after the replaced trace's, so that it stays whole until the new manifest is there.
-        self._first_number = max((int("".join(filter(str.isdigit, name))) + 1 for name in self._old), default=0)
-        self._shards: list[Shard] = []
-        self._request_texts: list[str] = []
-        self._waiting: dict[str, list[TokenTable]] = {stack.name: [] for stack in spec.stacks}
-
-    def __enter__(self) -> TraceWriter:
-        with _writing(self.path):  # a wrong place is found out now, not after the first hour of recording
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # With nothing recorded, a failure must not put an empty trace in the place of an older one.
-        if kind is None or self._shards or any(self._waiting.values()):
-            self.close()
-
-    def add_requests(self, texts: list[str]) -> None:
-        """Name the text that each of the next requests comes from; requests are numbered from 0."""
-        self._request_texts += texts
-
-    def append(self, stack: str, table: TokenTable) -> None:
-        """Add tokens of `stack`. A full shard is written at once."""
-        waiting = self._waiting[stack]
-        waiting.append(table)
-        if sum(len(part) for part in waiting) >= self.shard_tokens:
-            self._write_shard(stack)
-
-    def close(self) -> None:
-        """Write what is left. A trace without a single token is still a trace."""
-        for stack in self._waiting:
-            self._write_shard(stack)
-        if not self._shards:
-            self._write_manifest()
-
-    def _write_shard(self, stack: str) -> None:
-        waiting = self._waiting[stack]
-        if not waiting:
-            return
-        table = concat(waiting)
-        number = self._first_number + sum(shard.stack == stack for shard in self._shards)
-        data = save({name: np.ascontiguousarray(column) for name, column in table.arrays().items()})
-        shard = Shard(
-            name=f"{stack}-{number:05d}.safetensors",
-            stack=stack,
-            tokens=len(table),
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-        )
-        if not (self.path / MANIFEST).exists():
-            self._write_manifest()  # killed before the first shard is listed, this is an empty trace
-        _write(self.path / shard.name, data)
-        waiting.clear()
-        self._shards.append(shard)
-        self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        texts = sorted(set(self._request_texts))
-        manifest = {
-            "format": FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            "spec": self.spec.to_dict(),
-            "texts": texts,
-            "request_text": [texts.index(text) for text in self._request_texts],
-            "provenance": self.provenance,
-            "shards": [asdict(shard) for shard in self._shards],
-        }
-        text = json.dumps(manifest, indent=2) + "\n"
-        _write(self.path / MANIFEST, text.encode())
-        while self._old:
-            (self.path / self._old.pop()).unlink(missing_ok=True)
 
 
 class Trace:
@@ -155,6 +61,9 @@ class Trace:
         self.path = path
         try:
             self.spec = ModelSpec.from_dict(manifest["spec"])
+            self.kind: Kind = manifest["kind"]
+            if self.kind not in get_args(Kind):
+                raise TraceError(f"'kind' must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
             self.shards = tuple(_shard(entry, self.spec) for entry in _list(manifest, "shards"))
             if len({shard.name for shard in self.shards}) != len(self.shards):
                 raise TraceError("a shard is listed twice")
@@ -186,7 +95,9 @@ class Trace:
                 f"{file}: written by a newer moesim (schema {version}, this one reads {SCHEMA_VERSION}); upgrade moesim"
             )
         if version != SCHEMA_VERSION:
-            raise TraceError(f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
+            raise TraceError(
+                f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}; record or import the trace again"
+            )
         return cls(path, manifest)
 
     @property
@@ -194,21 +105,43 @@ class Trace:
         """Names of the stacks that have recorded tokens."""
         return tuple(s.name for s in self.spec.stacks if any(shard.stack == s.name for shard in self.shards))
 
+    def parts(self, stack: str) -> Iterator[TokenTable]:
+        """The tokens of `stack` shard by shard, in the order in which they were computed.
+
+        Raises TraceError for a damaged shard, a stack that was not recorded, or a trace of loads without tokens.
+        """
+        if self.kind == "loads":
+            raise TraceError(
+                f"{self.path}: holds loads per expert and no tokens, and this needs to know what every token chose"
+            )
+        for shard in self._shards_of(stack):
+            yield self._tokens(shard)
+
     def table(self, stack: str) -> TokenTable:
-        """All tokens of `stack` in the order in which they were computed. Raises TraceError for a damaged shard."""
+        """All tokens of `stack` at once. Raises TraceError as `parts` does."""
         if stack not in self._tables:
-            parts = [self._read(shard) for shard in self.shards if shard.stack == stack]
-            if not parts:
-                there = ", ".join(self.stacks) or "none"
-                raise TraceError(f"{self.path}: no {stack} tokens were recorded; it has: {there}")
-            self._tables[stack] = concat(parts)
+            self._tables[stack] = concat(list(self.parts(stack)))
         return self._tables[stack]
 
+    def load_parts(self, stack: str) -> Iterator[LoadTable]:
+        """The rows of a trace of loads, shard by shard. Raises TraceError where the trace holds tokens instead."""
+        if self.kind != "loads":
+            raise TraceError(f"{self.path}: holds tokens; their loads are counted from `parts`")
+        for shard in self._shards_of(stack):
+            yield self._loads(shard)
+
+    def loads(self, stack: str) -> LoadTable:
+        """All rows of a trace of loads at once. Raises TraceError as `load_parts` does."""
+        return concat_loads(list(self.load_parts(stack)))
+
     def counts(self) -> dict[str, dict[str, int]]:
-        """Stack to phase to tokens."""
+        """Stack to phase to rows (tokens; in a trace of loads its rows)."""
         out: dict[str, dict[str, int]] = {}
         for stack in self.stacks:
-            found = np.bincount(self.table(stack).phase, minlength=len(Phase))
+            parts: Iterator[TokenTable | LoadTable] = (
+                self.load_parts(stack) if self.kind == "loads" else self.parts(stack)
+            )
+            found = sum((np.bincount(part.phase, minlength=len(Phase)) for part in parts), np.zeros(len(Phase), int))
             out[stack] = {phase.name.lower(): int(found[phase]) for phase in Phase if found[phase]}
         return out
 
@@ -232,15 +165,25 @@ class Trace:
                 raise self._damaged(shard, f"has {size} bytes, the manifest says {shard.bytes}")
             if digest != shard.sha256:
                 raise self._damaged(shard, "its content has changed since it was written (SHA-256 differs)")
-            self._check_ranges(shard, self._read(shard))
+            if self.kind == "loads":
+                self._check_loads(shard, self._loads(shard))
+            else:
+                self._check_tokens(shard, self._tokens(shard))
             yield shard
 
-    def _read(self, shard: Shard) -> TokenTable:
+    def _shards_of(self, stack: str) -> list[Shard]:
+        found = [shard for shard in self.shards if shard.stack == stack]
+        if not found:
+            there = ", ".join(self.stacks) or "none"
+            raise TraceError(f"{self.path}: nothing was recorded of stack {stack!r}; it has: {there}")
+        return found
+
+    def _read(self, shard: Shard, dtypes: dict[str, tuple[type[np.generic], ...]]) -> dict[str, NDArray[Any]]:
         columns: dict[str, NDArray[Any]] = {}
         try:
             with safe_open(self.path / shard.name, framework="np") as file:
                 names = set(file.keys())
-                wanted = set(DTYPES) - (set(OPTIONAL) - names)
+                wanted = set(dtypes) - (set(OPTIONAL) - names)
                 if names != wanted:
                     raise self._damaged(shard, f"its columns are wrong: {', '.join(sorted(names ^ wanted))}")
                 for name in sorted(names):
@@ -248,31 +191,55 @@ class Trace:
         except (OSError, SafetensorError) as error:
             raise self._damaged(shard, f"cannot be read ({error})") from None
         for name, column in columns.items():
-            if column.dtype.type not in DTYPES[name]:
+            if column.dtype.type not in dtypes[name]:
                 raise self._damaged(shard, f"{name} has dtype {column.dtype}")
+        return columns
+
+    def _tokens(self, shard: Shard) -> TokenTable:
         try:
-            table = TokenTable(**columns)
+            table = TokenTable(**self._read(shard, DTYPES))
         except TraceError as error:
             raise self._damaged(shard, str(error)) from None
-        L, K = len(self.spec.stack(shard.stack).moe_layers), self.spec.top_k
-        if table.topk_ids.shape != (shard.tokens, L, K):
-            found = list(table.topk_ids.shape)
-            raise self._damaged(shard, f"holds {found} ids, the manifest says {[shard.tokens, L, K]}")
+        self._check_shape(shard, table.topk_ids.shape, self.spec.top_k)
         return table
 
-    def _check_ranges(self, shard: Shard, table: TokenTable) -> None:
-        E, V = self.spec.num_experts, self.spec.vocab_size
+    def _loads(self, shard: Shard) -> LoadTable:
+        try:
+            table = LoadTable(**self._read(shard, LOAD_DTYPES))
+        except TraceError as error:
+            raise self._damaged(shard, str(error)) from None
+        self._check_shape(shard, table.load.shape, self.spec.num_experts)
+        return table
+
+    def _check_shape(self, shard: Shard, found: tuple[int, ...], width: int) -> None:
+        expected = (shard.rows, len(self.spec.stack(shard.stack).moe_layers), width)
+        if found != expected:
+            raise self._damaged(shard, f"its shape is {list(found)}, the manifest says {list(expected)}")
+
+    def _check_tokens(self, shard: Shard, table: TokenTable) -> None:
+        E, V = self.spec.num_experts, self.spec.vocab_size or 1 << 31
         negative = any((column < 0).any() for column in (table.request, table.position, table.step))
         R = len(self.request_texts) or 1 << 31  # where the recording did not name texts, any request goes
+        weights, tokens, ahead = table.topk_weights, table.token_id, table.lookahead_ids
         rules = {
             f"an expert id is not below {E}": (table.topk_ids >= E).any() or table.topk_ids.dtype != id_dtype(E),
-            "a gate weight is not a finite number": not np.isfinite(table.topk_weights).all(),
-            f"a token id is outside 0..{V - 1}": ((table.token_id < 0) | (table.token_id >= V)).any(),
+            "a gate weight is not a finite number": weights is not None and not np.isfinite(weights).all(),
+            f"a token id is outside 0..{V - 1}": tokens is not None and ((tokens < 0) | (tokens >= V)).any(),
             "a request, position or step is negative": negative,
             f"a request is not below {R}": (table.request >= R).any(),
             f"a phase is not one of 0..{len(Phase) - 1}": (table.phase >= len(Phase)).any(),
-            f"a lookahead id is not below {E}": table.lookahead_ids is not None and (table.lookahead_ids >= E).any(),
+            f"a lookahead id is not below {E}": ahead is not None and (ahead >= E).any(),
         }
+        self._first_broken(shard, rules)
+
+    def _check_loads(self, shard: Shard, table: LoadTable) -> None:
+        rules = {
+            "a load or step is negative": (table.load < 0).any() or (table.step < 0).any(),
+            f"a phase is not one of 0..{len(Phase) - 1}": (table.phase >= len(Phase)).any(),
+        }
+        self._first_broken(shard, rules)
+
+    def _first_broken(self, shard: Shard, rules: dict[str, Any]) -> None:
         for problem, found in rules.items():
             if found:
                 raise self._damaged(shard, problem)
@@ -292,8 +259,8 @@ def _shard(entry: Any, spec: ModelSpec) -> Shard:
     shard = Shard(**entry)
     if not isinstance(shard.name, str) or not PLAIN_NAME.fullmatch(shard.name):
         raise TraceError(f"shard name {shard.name!r} is not a plain file name")
-    if type(shard.tokens) is not int or type(shard.bytes) is not int or min(shard.tokens, shard.bytes) < 0:
-        raise TraceError(f"shard {shard.name}: tokens and bytes must be whole numbers")
+    if type(shard.rows) is not int or type(shard.bytes) is not int or min(shard.rows, shard.bytes) < 0:
+        raise TraceError(f"shard {shard.name}: rows and bytes must be whole numbers")
     spec.stack(shard.stack)
     return shard
 
@@ -304,45 +271,3 @@ def _request_texts(texts: list[Any], request_text: list[Any]) -> tuple[str, ...]
     if not all(type(i) is int and 0 <= i < len(texts) for i in request_text):
         raise TraceError("'request_text' must number the 'texts'")
     return tuple(texts[i] for i in request_text)
-
-
-def _old_files(path: Path, overwrite: bool) -> list[str]:
-    """Files of the trace that will be replaced. Raises InputError where nothing may be replaced."""
-    if not path.exists():
-        return []
-    if not overwrite:
-        raise InputError(f"{path} exists already; choose another name, or replace it with --force")
-    if not path.is_dir() or not _is_trace(path):
-        raise InputError(f"{path} is not a trace, so it will not be replaced; choose another name")
-    return [entry.name for entry in path.iterdir() if OWN_SHARD.fullmatch(entry.name)]
-
-
-def _is_trace(path: Path) -> bool:
-    """Whether the folder is a trace or empty. Other programs have a manifest.json, too, so its content decides."""
-    if not [entry for entry in path.iterdir() if entry.name != MANIFEST + ".partial"]:
-        return True
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def _write(final: Path, data: bytes) -> None:
-    """Write `data` beside `final`, push it to the disk and rename it: `final` is there whole or not at all."""
-    temporary = final.with_name(final.name + ".partial")
-    with _writing(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(final)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or choose another place") from None

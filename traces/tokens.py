@@ -34,12 +34,12 @@ class TokenTable:
 
     topk_ids: NDArray[np.uint8 | np.uint16]
     """[T, L, K] expert ids that the model's router chose, most probable first."""
-    topk_weights: NDArray[np.float16]
-    """[T, L, K] gate weights as the model applied them."""
+    topk_weights: NDArray[np.float16] | None = None
+    """[T, L, K] gate weights as the model applied them; None where the recording has ids only."""
     dropped: NDArray[np.bool_]
     """[T, L] True where the expert was over its capacity and the token took the residual path."""
-    token_id: NDArray[np.int32]
-    """[T] vocabulary id that entered the stack."""
+    token_id: NDArray[np.int32] | None = None
+    """[T] vocabulary id that entered the stack; None where the recording does not say."""
     request: NDArray[np.int32]
     """[T] which request (sequence) the token belongs to."""
     position: NDArray[np.int32]
@@ -58,8 +58,9 @@ class TokenTable:
         per_token = dict.fromkeys(("token_id", "request", "position", "step", "phase"), (T,))
         expected: dict[str, tuple[int, ...]] = {"topk_weights": (T, L, K), "dropped": (T, L), **per_token}
         for name, shape in expected.items():
-            if getattr(self, name).shape != shape:
-                raise TraceError(f"{name} must have shape {list(shape)}, got {list(getattr(self, name).shape)}")
+            column = getattr(self, name)
+            if column is not None and column.shape != shape:
+                raise TraceError(f"{name} must have shape {list(shape)}, got {list(column.shape)}")
         ahead = self.lookahead_ids
         if ahead is not None and (ahead.ndim != 4 or ahead.shape[:2] != (T, L)):
             raise TraceError(f"lookahead_ids must have shape [{T}, {L}, D, M], got {list(ahead.shape)}")
@@ -80,6 +81,44 @@ class TokenTable:
     def take(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> TokenTable:
         """The rows at `index`, in that order."""
         return TokenTable(**{name: column[index] for name, column in self.arrays().items()})  # type: ignore[arg-type] # names give the dtypes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadTable:
+    """Loads of one stack without the tokens behind them: N rows, each a step, a window or a request."""
+
+    load: NDArray[np.int64]
+    """[N, L, E] tokens routed to each expert."""
+    step: NDArray[np.int32]
+    """[N] where in the recording the row lies."""
+    phase: NDArray[np.uint8]
+    """[N] a `Phase`."""
+
+    def __post_init__(self) -> None:
+        if self.load.ndim != 3:
+            raise TraceError(f"load must have shape [N, L, E], got {list(self.load.shape)}")
+        for name in ("step", "phase"):
+            if getattr(self, name).shape != (len(self.load),):
+                raise TraceError(f"{name} must have shape [{len(self.load)}], got {list(getattr(self, name).shape)}")
+
+    def __len__(self) -> int:
+        return int(self.load.shape[0])
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Column name to array."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def take(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> LoadTable:
+        """The rows at `index`, in that order."""
+        return LoadTable(load=self.load[index], step=self.step[index], phase=self.phase[index])
+
+
+def concat_loads(tables: list[LoadTable]) -> LoadTable:
+    """All rows of `tables`, in order. Raises TraceError where their shapes differ."""
+    try:
+        return LoadTable(**{f.name: np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(LoadTable)})
+    except ValueError as error:
+        raise TraceError(f"the parts of a trace do not fit together: {error}") from None
 
 
 def concat(tables: list[TokenTable]) -> TokenTable:

@@ -11,7 +11,7 @@ from moesim.cli import main
 from moesim.sim.policies import POLICIES
 from moesim.sim.profile import load_profile
 from moesim.sim.results import PHASES, load_results
-from moesim.traces.store import TraceWriter
+from moesim.traces.writer import TraceWriter
 
 BACKEND = Path(__file__).parents[1] / "backend"
 

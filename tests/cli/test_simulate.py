@@ -13,7 +13,7 @@ from moesim.sim.policies import POLICIES
 from moesim.sim.profile import load_profile
 from moesim.sim.results import load_results
 from moesim.traces import Phase
-from moesim.traces.store import TraceWriter
+from moesim.traces.writer import TraceWriter
 
 NODE = "8xH100-NVLink"
 

@@ -48,7 +48,7 @@ def test_few_tokens_cost_their_weights():
 def test_many_tokens_cost_whole_tiles_of_flops():
     seconds = expert_seconds(column(401, 3, 0), GPU, SPEC, "float32")
     assert seconds[0] == pytest.approx(1e-3 + 2e-4 + (404 + 4) * 2048 / 8e6, rel=1e-12)
-    gated = expert_seconds(column(401, 3, 0), GPU, make_spec(gated=True), "float32")
+    gated = expert_seconds(column(401, 3, 0), GPU, make_spec(widths=replace(SPEC.sized(), gated=True)), "float32")
     assert gated[0] == pytest.approx(1e-3 + 2e-4 + (404 + 4) * 3072 / 8e6, rel=1e-12)
 
 
@@ -101,7 +101,9 @@ def test_a_layer_that_is_bound_by_flops():
     assert moe[1] == 0
     dense = layer_seconds(ranks(T, pairs), GPU, SPEC, "float32", moe=False, cross=False)
     assert dense[0] == pytest.approx(2e-3 + (2 * T * (4 * 256 + 1024) + 4 * pairs * 16) / rate, rel=1e-12)
-    shared = layer_seconds(ranks(T, pairs), GPU, make_spec(shared_experts=2), "float32", moe=True, cross=False)
+    shared = layer_seconds(
+        ranks(T, pairs), GPU, make_spec(widths=replace(SPEC.sized(), shared_d_ff=64)), "float32", moe=True, cross=False
+    )
     assert shared[0] - moe[0] == pytest.approx(2 * T * 2048 / rate, rel=1e-9)
 
 

@@ -203,7 +203,7 @@ def test_ctrl_c_keeps_what_was_recorded_and_says_so(tmp_path, monkeypatch, batch
         return
     assert "512 encoder, 132 prefill" in result.stderr
     trace = Trace.open(out)
-    assert sum(shard.tokens for shard in trace.verify()) == 2 * 2 * (128 + 33)
+    assert sum(shard.rows for shard in trace.verify()) == 2 * 2 * (128 + 33)
 
 
 def test_kill_9_leaves_a_trace_that_verifies(tmp_path):

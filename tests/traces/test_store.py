@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from helpers import make_spec, make_table
 from moesim.cli import main
 from moesim.traces import InputError, TraceError
-from moesim.traces.store import MANIFEST, Trace, TraceWriter
+from moesim.traces.store import MANIFEST, Trace
+from moesim.traces.writer import TraceWriter
 
 
 def write(path, table=None, spec=None, *, texts=("a.txt", "b.txt"), **options):
@@ -42,7 +43,7 @@ def test_round_trip(tmp_path_factory, seed, requests, layers, experts, top_k, ah
         table = replace(table, lookahead_ids=table.topk_ids[:, :, None, :])
     spec = make_spec(layers, experts, top_k=top_k)
     trace = write(tmp_path_factory.mktemp("t") / "x.moetrace", table, spec, shard_tokens=11)
-    assert [shard.tokens for shard in trace.verify()]
+    assert [shard.rows for shard in trace.verify()]
     back = trace.table("encoder")
     assert back.arrays().keys() == table.arrays().keys()
     assert all((back.arrays()[name] == column).all() for name, column in table.arrays().items())
@@ -90,8 +91,8 @@ def test_missing_shard(trace):
 
 
 def test_newer_schema(trace):
-    edit(trace, lambda m: m.update(schema_version=2))
-    assert "written by a newer moesim (schema 2, this one reads 1); upgrade moesim" in verify(trace)
+    edit(trace, lambda m: m.update(schema_version=3))
+    assert "written by a newer moesim (schema 3, this one reads 2); upgrade moesim" in verify(trace)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_killed_at_any_file_operation_it_leaves_a_sound_trace(tmp_path, monkeypa
                 pass
         if (path / MANIFEST).exists():
             trace = Trace.open(path)
-            tokens = sum(shard.tokens for shard in trace.verify())
+            tokens = sum(shard.rows for shard in trace.verify())
             seen.add((trace.provenance["model"], tokens))
             assert trace.provenance["model"] == "new" or tokens == 512, "the old trace lost tokens"
         else:
