@@ -60,13 +60,13 @@ def calibrate_ranks(job: Job, ranks: Ranks) -> None:
         layers=len(stack.moe_layers), experts=spec.num_experts, gpus=ranks.size, extra_slots=job.extra_slots
     )
     rng = np.random.default_rng(0)
-    requests = max(job.batch_tokens // REQUEST_TOKENS, 1)
-    work = synthetic_scenario(spec, cluster, [[REQUEST_TOKENS] * requests] * DECISION_STEPS, rng, job.batch_tokens)
+    requests = max(job.workload.batch // REQUEST_TOKENS, 1)
+    work = synthetic_scenario(spec, cluster, [[REQUEST_TOKENS] * requests] * DECISION_STEPS, rng, job.workload)
     executor = Executor(ranks, model, work)
     decide_s = _decisions(job, executor, work)
     shapes = [[tokens] * (count * ranks.size) for count, tokens in ATTENTION_SHAPES]
     tokens_of_ranks, attention_s = _attention(
-        job, executor, synthetic_scenario(spec, cluster, shapes, rng, job.batch_tokens)
+        job, executor, synthetic_scenario(spec, cluster, shapes, rng, job.workload)
     )
     tokens_EN, experts_s = _experts(job, executor)
     job.say(ranks.rank, 0.85, "links and memory")
@@ -256,7 +256,7 @@ def _profile(
             driver=f"CUDA {torch.version.cuda}" if ranks.on_gpu else "",
             sources=(f"moesim calibrate: all ranks at once, the executor's code, shapes of {shape}, random tokens",),
             versions=device["versions"],
-            notes=f"decide_s: {job.batch_tokens} tokens a step, exchange of ids included. Plain copy "
+            notes=f"decide_s: {job.workload.batch} tokens a step, exchange of ids included. Plain copy "
             f"{compute.bytes_per_s / 1e9:.1f} GB/s, plain matmul {compute.flops_per_s / 1e9:.0f} GFLOP/s a rank. "
             f"Median error of the fit: {off}.",
         ),

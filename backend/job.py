@@ -6,12 +6,12 @@ Imports without torch, so that a wrong option is reported at once. Knows nothing
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moesim.sim.policies import recipe
-from moesim.traces import InputError
+from moesim.traces import InputError, Workload
 
 JOB_FILE = "job.json"
 PHASES = ("encoder", "prefill")
@@ -34,7 +34,7 @@ class Job:
     trace: str = ""
     phase: str = "encoder"
     policies: tuple[str, ...] = ()
-    batch_tokens: int = 512
+    workload: Workload = field(default_factory=Workload)
     extra_slots: int = 1
     max_steps: int | None = None
     repeats: int = 3
@@ -50,7 +50,7 @@ class Job:
     def read(cls, folder: Path) -> Job:
         """The note that `write` left."""
         data = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-        return cls(**{**data, "policies": tuple(data["policies"])})
+        return cls(**{**data, "policies": tuple(data["policies"]), "workload": Workload(**data["workload"])})
 
     def decision_file(self, policy: str) -> Path:
         """Where the decision log of `policy` is left."""

@@ -139,9 +139,10 @@ def _executor(job: Job, ranks: Ranks) -> Executor:
         trace.table(STACK_OF_PHASE[phase]),
         phase=phase,
         gpus=ranks.size,
-        batch_tokens=job.batch_tokens,
+        workload=job.workload,
         extra_slots=job.extra_slots,
         max_steps=job.max_steps,
+        request_texts=trace.request_texts,
     )
     encoder_table = trace.table("encoder") if phase is Phase.PREFILL else None
     return Executor(ranks, load_model(Path(job.model), job.dtype), scenario, encoder_table)

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from moesim.sim.residency import Cluster
 from moesim.sim.scenario import Scenario
-from moesim.traces import Batch, ModelSpec, Phase, TokenTable, id_dtype, step_tokens
+from moesim.traces import Batch, ModelSpec, Phase, TokenTable, Workload, id_dtype, step_tokens
 
 Random = np.random.Generator
 
 
 def synthetic_scenario(
-    spec: ModelSpec, cluster: Cluster, steps: list[list[int]], rng: Random, batch_tokens: int
+    spec: ModelSpec, cluster: Cluster, steps: list[list[int]], rng: Random, workload: Workload
 ) -> Scenario:
     """Encoder steps with requests of the given lengths, one list a step."""
     lengths = [length for step in steps for length in step]
@@ -32,7 +32,7 @@ def synthetic_scenario(
         spec=spec,
         phase=Phase.ENCODER,
         cluster=cluster,
-        batch_tokens=batch_tokens,
+        workload=workload,
         fit=synthetic_table(spec, cluster.layers, lengths, rng),
         run=table,
         batches=tuple(batches),

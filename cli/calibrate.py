@@ -12,7 +12,7 @@ from moesim.backend.job import DTYPES, Job, check_options
 from moesim.backend.launch import check_device, launch
 from moesim.cli.run_gpu import progress_bar
 from moesim.sim.profile import HardwareProfile, load_profile
-from moesim.traces import InputError
+from moesim.traces import InputError, Workload
 
 
 @click.command()
@@ -50,7 +50,7 @@ def calibrate(
             ranks=ranks,
             device="cpu",
             dtype=dtype,
-            batch_tokens=batch_tokens,
+            workload=Workload(batch=batch_tokens),
             extra_slots=extra_slots,
         )
         check_options(job)

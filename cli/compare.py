@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from moesim.cli.report import window
 from moesim.sim.comparison import Comparison, Row
 from moesim.sim.comparison import compare as compare_results
 from moesim.sim.results import PHASES, load_results
@@ -54,9 +55,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(speedups)
     console.print(_phase_table(comparison.rows, int(measured["steps"])))
     console.print(
-        f"{measured['phase']}, {measured['gpus']} ranks on {measured['device_name']}, {measured['batch_tokens']} "
-        f"tokens a batch, {measured['steps']} steps, {measured['tokens']} tokens, {measured['dtype']}; "
-        f"{measured['split']}.\n"
+        f"{measured['device_name']}: {window(measured)}.\n"
         f"Simulated with profile {simulated['profile']} ({simulated['profile_kind']}). "
         f"error = simulated / measured - 1.",
         highlight=False,

@@ -51,18 +51,30 @@ def footnotes(results: list[Result], baseline: str) -> list[str]:
     lines = [
         f"speedup: time of {baseline} / time of the policy, all steps, same inputs ({kind}). balancedness: mean / max "
         "of the GPU loads, mean over layers and steps. utilisation: share of the time that a GPU computes.",
-        f"window: {config['phase']} of {config['family']}, {config['gpus']} GPUs, {config['batch_tokens']} tokens a "
-        f"batch, {config['steps']} steps, {config['tokens']} tokens, {config['extra_slots']} extra slots a GPU and "
-        f"layer, {config['dtype']}; {config['split']}.",
+        f"window: {window(config)}, {config['extra_slots']} extra slots a GPU and layer.",
         "hidden: share of the moved bytes that arrived before they were needed. late: copies that had not arrived when "
         "their layer ran (it ran without them). recall, load error: of the forecasts; those of oracles are the truth.",
     ]
+    if config["recorded"] == "loads":
+        lines.append(
+            "the recording counts tokens and kept none: tokens are drawn so that every load comes out, each a request "
+            "of its own. Loads and expert times are the recording's, attention is underestimated."
+        )
     if "profile" in config:
         measured = config["profile_kind"] == "measured"
         how = "measured on" if measured else "from spec sheets, not measured:"
         lines.append(f"profile: {config['profile']} ({how} {config['profile_device']}).")
         lines.append(_decisions(results))
     return lines
+
+
+def window(config: dict[str, Any]) -> str:
+    """What was run, in words: without it no number means anything."""
+    return (
+        f"{config['phase']} of {config['family']}, {config['gpus']} GPUs, {config['batch']} a step in order of "
+        f"{config['order']}, {config['steps']} steps, {config['tokens']} tokens, {config['dtype']}; fitted on one part "
+        f"of the requests and run on the other, split by {config['split']}"
+    )
 
 
 def _decisions(results: list[Result]) -> str:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -18,11 +18,12 @@ from rich.progress import Progress
 from moesim.backend.job import DTYPES, Job, check_options, model_config
 from moesim.backend.launch import Progress as Report
 from moesim.backend.launch import check_device, launch, under_torchrun
+from moesim.cli.options import workload_options
 from moesim.cli.report import print_results, results_json
 from moesim.sim.policies import POLICIES, recipe
 from moesim.sim.results import Result, load_results, save_results
 from moesim.sim.scenario import STACK_OF_PHASE
-from moesim.traces import InputError, MoesimError, Phase
+from moesim.traces import InputError, MoesimError, Phase, Workload
 
 RUNNABLE = [name for name, parts in POLICIES.items() if not parts.simulated_only]
 DEFAULT_RANKS = 2
@@ -45,7 +46,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
     type=click.Path(path_type=Path),
     help=f"Text to record ({RECORD_TOKENS:,} tokens at most) where there is no --trace.  [default: MODEL/samples]",
 )
-@click.option("--batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens a step.")
+@workload_options
 @click.option(
     "--phase", type=click.Choice([p.name.lower() for p in Phase]), default="encoder", show_default=True,
     help="decode is not available yet.",
@@ -66,7 +67,7 @@ def run_gpu(
     device: str,
     trace: Path | None,
     text: tuple[Path, ...],
-    batch_tokens: int,
+    workload: Workload,
     phase: str,
     extra_slots: int,
     max_steps: int | None,
@@ -100,7 +101,7 @@ def run_gpu(
             trace=str(trace or ""),
             phase=phase,
             policies=_policies(policy, baseline),
-            batch_tokens=batch_tokens,
+            workload=workload,
             extra_slots=extra_slots,
             max_steps=max_steps,
             repeats=repeats,
@@ -208,11 +209,12 @@ def _check_trace(job: Job) -> None:
 
     spec, config = Trace.open(Path(job.trace)).spec, model_config(Path(job.model))
     spec.stack(STACK_OF_PHASE[Phase[job.phase.upper()]])
+    of_trace = {**asdict(spec.sized()), **spec.to_dict()}
     for name in ("d_model", "d_ff", "num_experts", "vocab_size"):
-        if getattr(spec, name) != config.get(name):
+        if of_trace[name] != config.get(name):
             raise InputError(
-                f"{job.trace} was recorded with another model: its {name} is {getattr(spec, name)}, that of "
-                f"{job.model} is {config.get(name)}; record this model"
+                f"{job.trace} was recorded with another model: its {name} is {of_trace[name]}, that of {job.model} is "
+                f"{config.get(name)}; record this model"
             )
 
 

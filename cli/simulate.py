@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from moesim.cli.options import workload_options
 from moesim.cli.picture import load_over_time
 from moesim.cli.report import print_results, results_json
 from moesim.sim.engine import simulate as run_simulation
-from moesim.sim.policies import POLICIES, make_policy, recipe
+from moesim.sim.policies import POLICIES, make_policy, needs_tokens, recipe
 from moesim.sim.profile import HardwareProfile, load_profile, shipped_profiles
 from moesim.sim.results import Result, save_results
 from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
-from moesim.traces import InputError, ModelSpec, Phase
+from moesim.traces import InputError, ModelSpec, Phase, Workload
 from moesim.traces.spec import DTYPE_BYTES, PUBLISHED
+
+if TYPE_CHECKING:
+    from moesim.traces.store import Trace
 
 INTERRUPTED = 130
 
@@ -35,7 +39,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
 @click.option("--profile", required=True, help=f"A file of moesim calibrate, or: {', '.join(shipped_profiles())}.")
 @click.option("--gpus", type=int, help="GPUs of the profile to use.  [default: all]")
-@click.option("--batch-tokens", type=int, default=2048, show_default=True, help="Tokens a step; in decode: requests.")
+@workload_options
 @click.option("--phase", type=click.Choice([p.name.lower() for p in Phase]), help="[default: encoder, else prefill]")
 @click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Run only the first steps.")
@@ -56,7 +60,7 @@ def simulate(
     baseline: str,
     profile: str,
     gpus: int | None,
-    batch_tokens: int,
+    workload: Workload,
     phase: str | None,
     extra_slots: int,
     max_steps: int | None,
@@ -82,18 +86,21 @@ def simulate(
     hardware = load_profile(profile)
     gpus = hardware.gpus if gpus is None else gpus
     hardware.check_gpus(gpus)
-    spec, table_of = _open(trace)
-    if shapes:
-        spec = spec.with_widths(shapes)
+    opened = _open(trace)
+    if policy.strip() == "all" and opened.kind == "loads":
+        names = _content_with_loads(names)
+    spec = opened.spec.with_widths(shapes) if shapes else opened.spec
+    spec.sized()
     which = Phase[phase.upper()] if phase else default_phase(spec)
     scenario = make_scenario(
         spec,
-        table_of(STACK_OF_PHASE[which]),
+        opened.rows(STACK_OF_PHASE[which]),
         phase=which,
         gpus=gpus,
-        batch_tokens=batch_tokens,
+        workload=workload,
         extra_slots=extra_slots,
         max_steps=max_steps,
+        request_texts=opened.request_texts,
     )
     results: list[Result] = []
     with ExitStack() as stack:
@@ -126,16 +133,22 @@ def policy_names(policy: str, baseline: str) -> list[str]:
     return names
 
 
+def _content_with_loads(names: list[str]) -> list[str]:
+    """Those of `names` that need no tokens; says which were left out."""
+    left_out = [name for name in names if needs_tokens(name)]
+    click.echo(f"left out, as the trace holds loads and no tokens: {', '.join(left_out)}", err=True)
+    return [name for name in names if name not in left_out]
+
+
 def default_phase(spec: ModelSpec) -> Phase:
     """The encoder where the model has one, else prefill."""
     return Phase.ENCODER if any(stack.name == "encoder" for stack in spec.stacks) else Phase.PREFILL
 
 
-def _open(path: Path) -> tuple[ModelSpec, Callable[[str], Any]]:
+def _open(path: Path) -> Trace:
     from moesim.traces.store import Trace  # reads safetensors: --help does without
 
-    trace = Trace.open(path)
-    return trace.spec, trace.table
+    return Trace.open(path)
 
 
 def _run_all(

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.traces import StepTokens, TokenTable
+from moesim.traces import InputError, LoadTable, StepTokens, TokenTable
 
 Ids = NDArray[np.integer]
 """Expert ids, [T, K] for one layer."""
@@ -53,12 +53,24 @@ class Predictor(Protocol):
     """Fitted once on recorded requests, then asked before a layer has routed."""
 
     name: str
+    needs_tokens: bool
+    """True where loads alone teach it nothing: it must be told what every token chose."""
 
-    def fit(self, table: TokenTable, num_experts: int) -> None:
-        """Learn from the tokens of `table`; they must not be the ones that are scored."""
+    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
+        """Learn from `table`; its requests must not be the ones that are scored. Raises InputError where it holds loads
+        and the predictor needs tokens."""
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Expected load of `layer` in this step or, with `queued`, in the next step, whose tokens are `seen.queued`."""
+
+
+def token_table(table: TokenTable | LoadTable, predictor: str) -> TokenTable:
+    """`table`, for predictors that need tokens. Raises InputError where it holds loads."""
+    if isinstance(table, LoadTable):
+        raise InputError(
+            f"predictor {predictor!r} learns from what every token chose, and this recording has loads only"
+        )
+    return table
 
 
 def tokens_of(seen: Seen, queued: bool) -> StepTokens:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.predictors.base import Forecast, Seen, from_probabilities, tokens_of
-from moesim.traces import TokenTable, load_LE, vocabulary_ids
+from moesim.predictors.base import Forecast, Seen, from_probabilities, token_table, tokens_of
+from moesim.traces import LoadTable, TokenTable, load_LE, vocabulary_ids
 
 Floats = NDArray[np.float64]
 
@@ -21,12 +21,14 @@ class Frequency:
     """
 
     name = "frequency"
+    needs_tokens = False
 
-    def fit(self, table: TokenTable, num_experts: int) -> None:
-        """Count the tokens of every expert: share_LE sums to 1 in each layer."""
-        load = load_LE(table.topk_ids, num_experts) + 1e-9
+    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
+        """Count the tokens of every expert, dropped ones too: share_LE sums to 1 in each layer."""
+        counted = table.load.sum(axis=0) if isinstance(table, LoadTable) else load_LE(table.topk_ids, num_experts)
+        load = counted + 1e-9
         self.share_LE: Floats = load / load.sum(axis=1, keepdims=True)
-        self.top_k = table.topk_ids.shape[2]
+        self.top_k = top_k
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Tokens x K split by the fitted shares; the most frequent experts stand for every token's choice."""
@@ -44,15 +46,17 @@ class Window:
     Source: the load history that EPLB (DeepSeek) balances on. steps=1 is the "previous batch".
     """
 
+    needs_tokens = False
+
     def __init__(self, steps: int = 16, name: str = "window") -> None:
         self.steps = steps
         self.name = name
         self._prior = Frequency()
 
-    def fit(self, table: TokenTable, num_experts: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
         """Fit the frequency that stands in while there is no history."""
         self.num_experts = num_experts
-        self._prior.fit(table, num_experts)
+        self._prior.fit(table, num_experts, top_k)
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Loads only: history says nothing of single tokens."""
@@ -72,15 +76,16 @@ class Markov:
     """
 
     name = "markov"
+    needs_tokens = True
 
     def __init__(self, smoothing: float = 0.5) -> None:
         self.smoothing = smoothing
         self._prior = Frequency()
 
-    def fit(self, table: TokenTable, num_experts: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
         """Count pairs of experts in adjacent layers: step_LEE[l][i, j] = P(j in layer l+1 | i in layer l)."""
-        self._prior.fit(table, num_experts)
-        ids = table.topk_ids.astype(np.int64)
+        self._prior.fit(table, num_experts, top_k)
+        ids = token_table(table, self.name).topk_ids.astype(np.int64)
         steps = []
         for layer in range(ids.shape[1] - 1):
             pair = ids[:, layer, :, None] * num_experts + ids[:, layer + 1, None, :]
@@ -109,14 +114,16 @@ class TokenTableLookup:
     """
 
     name = "token-table"
+    needs_tokens = True
 
     def __init__(self, smoothing: float = 1.0) -> None:
         self.smoothing = smoothing
         self._prior = Frequency()
 
-    def fit(self, table: TokenTable, num_experts: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
         """Count experts per vocabulary id; the last row of p_LVE is the frequency, for unseen ids."""
-        self._prior.fit(table, num_experts)
+        self._prior.fit(table, num_experts, top_k)
+        table = token_table(table, self.name)
         self.ids_V, row_T = np.unique(vocabulary_ids(table), return_inverse=True)
         V, E = len(self.ids_V), num_experts
         p_LVE = []

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from moesim.predictors.base import Forecast, Ids, Seen
-from moesim.traces import TokenTable
+from moesim.traces import LoadTable, TokenTable
 
 
 class Oracle:
     """Repeats the truth that the driver revealed. The only predictor that knows the future; its name says so."""
 
     name = "oracle"
+    needs_tokens = False
 
-    def fit(self, table: TokenTable, num_experts: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
         """Learns nothing; remembers E."""
         self.num_experts = num_experts
 

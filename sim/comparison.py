@@ -8,7 +8,20 @@ from typing import Any
 from moesim.sim.results import PHASES, Result
 from moesim.traces import InputError
 
-MUST_AGREE = ("family", "d_model", "d_ff", "phase", "gpus", "extra_slots", "batch_tokens", "steps", "tokens", "dtype")
+MUST_AGREE = (
+    "family",
+    "d_model",
+    "d_ff",
+    "phase",
+    "gpus",
+    "extra_slots",
+    "batch",
+    "order",
+    "split",
+    "steps",
+    "tokens",
+    "dtype",
+)
 """Keys of `Result.config` without which a simulated and a measured run are not about the same thing."""
 
 

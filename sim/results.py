@@ -18,7 +18,7 @@ PHASES = ("attention", "decide", "communication", "experts", "blocked")
 """attention: dense part before the router, slowest GPU. decide: predictor and planner. communication: both all-to-alls,
 waiting included. experts: slowest GPU. blocked: waiting for demand transfers."""
 
-FORMAT, VERSION = "moesim-result", 1
+FORMAT, VERSION = "moesim-result", 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,19 @@ from moesim.sim.residency import Cluster
 from moesim.traces import (
     Batch,
     InputError,
+    LoadTable,
     ModelSpec,
     Phase,
     StepTokens,
     TokenTable,
+    Workload,
     assign_ranks,
     batches,
+    merge_steps,
+    split_loads,
     split_requests,
 )
+from moesim.traces.expand import tokens_of_loads
 
 STACK_OF_PHASE = {Phase.ENCODER: "encoder", Phase.PREFILL: "decoder", Phase.DECODE: "decoder"}
 
@@ -50,11 +55,11 @@ class Scenario:
     spec: ModelSpec
     phase: Phase
     cluster: Cluster
-    batch_tokens: int
-    fit: TokenTable
+    workload: Workload
+    fit: TokenTable | LoadTable
     """The requests that predictors and placements learn from."""
     run: TokenTable
-    """The others: these are executed."""
+    """The others: these are executed. Of a recording of loads: tokens drawn so that the loads come out."""
     batches: tuple[Batch, ...]
 
     @property
@@ -73,10 +78,10 @@ class Scenario:
             "phase": self.phase.name.lower(),
             "gpus": self.cluster.gpus,
             "extra_slots": self.cluster.extra_slots,
-            "batch_tokens": self.batch_tokens,
+            **self.workload.describe(),
+            "recorded": "loads" if isinstance(self.fit, LoadTable) else "tokens",
             "steps": len(self.batches),
             "tokens": sum(len(batch.tokens) for batch in self.batches),
-            "split": "fitted on one half of the requests, run on the other",
         }
 
     def steps(self) -> Iterator[StepInput]:
@@ -96,35 +101,44 @@ class Scenario:
 
 def make_scenario(
     spec: ModelSpec,
-    table: TokenTable,
+    table: TokenTable | LoadTable,
     *,
     phase: Phase,
     gpus: int,
-    batch_tokens: int,
+    workload: Workload,
     extra_slots: int = 1,
     max_steps: int | None = None,
+    request_texts: Sequence[str] = (),
 ) -> Scenario:
-    """Split the requests of `table` (the tokens of the phase's stack), batch the held-out ones.
+    """Split the requests of `table` (the phase's stack) and batch the held-out ones; loads are split by time.
 
-    Raises InputError where the recording is too short, or the cluster is impossible.
+    `request_texts` names the text of every request, for a split by data set.
+    Raises InputError where the recording is too short, the split impossible, or the cluster.
     """
     table = table.take(table.phase == phase)
-    fit, run = split_requests(table)
-    if not len(fit) or not len(run):
-        raise InputError(f"the trace needs at least two {phase.name.lower()} requests: one to fit on, one to run")
+    if not len(table):
+        raise InputError(f"the trace has no {phase.name.lower()} tokens; record them, or choose another phase")
+    fit: TokenTable | LoadTable
+    if isinstance(table, LoadTable):
+        fit, later = split_loads(table, workload.split)
+        workload = replace(workload, split="time")
+        run = tokens_of_loads(merge_steps(later, workload, spec.top_k).take(slice(max_steps)), spec.top_k)
+        steps = batches(run, replace(workload, unit="recorded", shuffle=None), phase)
+    else:
+        fit, run = split_requests(table, workload.split, request_texts)
+        steps = batches(run, workload, phase)[:max_steps]
     cluster = Cluster(
-        layers=table.num_layers,
+        layers=run.num_layers,
         experts=spec.num_experts,
         gpus=gpus,
         extra_slots=extra_slots,
         top_k=spec.top_k,
     )
-    steps = batches(run, batch_tokens, phase)[:max_steps]
     return Scenario(
         spec=spec,
         phase=phase,
         cluster=cluster,
-        batch_tokens=batch_tokens,
+        workload=workload,
         fit=fit,
         run=run,
         batches=tuple(steps),

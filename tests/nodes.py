@@ -6,7 +6,7 @@ from helpers import make_spec
 from moesim.sim.policies import Policy, Recipe, Target, contiguous_placement, make_policy
 from moesim.sim.profile import Attention, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
 from moesim.sim.scenario import make_scenario
-from moesim.traces import Phase, TokenTable, held_out
+from moesim.traces import Phase, TokenTable, Workload, held_out
 
 MS = 1e-3
 P2P = Link(latency_s=0.5 * MS, bytes_per_s=1.024e6)
@@ -82,4 +82,6 @@ def two_layers(gpus=2, steps=1, extra_slots=1, phase=Phase.ENCODER):
         phase=np.full(T, phase, np.uint8),
     )
     spec = make_spec(2, gpus)
-    return make_scenario(spec, table, phase=phase, gpus=gpus, batch_tokens=4 * gpus, extra_slots=extra_slots)
+    return make_scenario(
+        spec, table, phase=phase, gpus=gpus, workload=Workload(batch=4 * gpus), extra_slots=extra_slots
+    )

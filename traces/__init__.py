@@ -1,18 +1,21 @@
-"""What the router did: tokens, specs, batching. Imports without torch."""
+"""What the router did: tokens, specs, workloads. Imports without torch."""
 
-from moesim.traces.batching import (
+from moesim.traces.errors import InputError, MoesimError, PolicyError, TraceError
+from moesim.traces.spec import DTYPE_BYTES, ModelSpec, StackSpec, Widths
+from moesim.traces.tokens import LoadTable, Phase, TokenTable, concat, concat_loads, id_dtype, load_LE, total_load_LE
+from moesim.traces.workload import (
     Batch,
     StepTokens,
+    Workload,
     assign_ranks,
     batches,
     held_out,
+    merge_steps,
+    split_loads,
     split_requests,
     step_tokens,
     vocabulary_ids,
 )
-from moesim.traces.errors import InputError, MoesimError, PolicyError, TraceError
-from moesim.traces.spec import DTYPE_BYTES, ModelSpec, StackSpec, Widths
-from moesim.traces.tokens import LoadTable, Phase, TokenTable, concat, concat_loads, id_dtype, load_LE
 
 __all__ = [
     "DTYPE_BYTES",
@@ -28,6 +31,7 @@ __all__ = [
     "TokenTable",
     "TraceError",
     "Widths",
+    "Workload",
     "assign_ranks",
     "batches",
     "concat",
@@ -35,7 +39,10 @@ __all__ = [
     "held_out",
     "id_dtype",
     "load_LE",
+    "merge_steps",
+    "split_loads",
     "split_requests",
     "step_tokens",
+    "total_load_LE",
     "vocabulary_ids",
 ]

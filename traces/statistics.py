@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.traces.batching import held_out
+from moesim.traces.workload import held_out
 from moesim.traces.errors import InputError
 from moesim.traces.tokens import TokenTable
 

@@ -134,6 +134,10 @@ class Trace:
         """All rows of a trace of loads at once. Raises TraceError as `load_parts` does."""
         return concat_loads(list(self.load_parts(stack)))
 
+    def rows(self, stack: str) -> TokenTable | LoadTable:
+        """All rows of `stack`, whatever the kind of the trace. Raises TraceError as `parts` does."""
+        return self.loads(stack) if self.kind == "loads" else self.table(stack)
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Stack to phase to rows (tokens; in a trace of loads its rows)."""
         out: dict[str, dict[str, int]] = {}

@@ -141,3 +141,10 @@ def load_LE(
     if dropped_TL is not None:
         key = key[np.broadcast_to(~dropped_TL[:, :, None], (T, L, K))]
     return np.bincount(key.ravel(), minlength=L * num_experts).reshape(L, num_experts)
+
+
+def total_load_LE(table: TokenTable | LoadTable, num_experts: int) -> NDArray[np.int64]:
+    """[L, E] the load of a whole table, of either kind."""
+    if isinstance(table, LoadTable):
+        return np.asarray(table.load.sum(axis=0))
+    return load_LE(table.topk_ids, num_experts, table.dropped)

@@ -19,7 +19,7 @@ from moesim.backend.shares import pad
 from moesim.backend.switch import load_model
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.scenario import make_scenario
-from moesim.traces import Phase
+from moesim.traces import Phase, Workload
 from moesim.traces.store import Trace
 
 STEPS = 4
@@ -30,7 +30,12 @@ def main() -> None:
     ranks = groups.join(device)
     model, trace = load_model(Path(folder), "float32"), Trace.open(recording)
     scenario = make_scenario(
-        trace.spec, trace.table("encoder"), phase=Phase.ENCODER, gpus=ranks.size, batch_tokens=2048, max_steps=STEPS
+        trace.spec,
+        trace.table("encoder"),
+        phase=Phase.ENCODER,
+        gpus=ranks.size,
+        workload=Workload(batch=2048),
+        max_steps=STEPS,
     )
     plain = copy.deepcopy(model.encoder).to(ranks.device)
     steps = list(scenario.steps())

@@ -17,7 +17,7 @@ from moesim.sim.dispatch import Split, even_split, exact_split
 from moesim.sim.planner import contiguous, pack
 from moesim.sim.policies.rules import Never, Periodic, Replicate, Rule, Target
 from moesim.sim.residency import EMPTY, Cluster, Residency
-from moesim.traces import InputError, TokenTable, load_LE
+from moesim.traces import InputError, LoadTable, TokenTable, total_load_LE
 
 Placement = Callable[[Cluster, NDArray[np.int64]], NDArray[np.int32]]
 """(cluster, fitted load_LE) -> experts [L, G, layer_slots], EMPTY in the replica slots."""
@@ -118,18 +118,24 @@ def recipe(name: str) -> Recipe:
     return POLICIES[name]
 
 
-def make_policy(name: str, cluster: Cluster, fit_on: TokenTable) -> Policy:
+def needs_tokens(name: str) -> bool:
+    """Whether the named policy must know what every token chose, so that a recording of loads is not enough."""
+    predictor = recipe(name).predictor
+    return predictor is not None and PREDICTORS[predictor]().needs_tokens
+
+
+def make_policy(name: str, cluster: Cluster, fit_on: TokenTable | LoadTable) -> Policy:
     """Fit the named policy on recorded requests, which must not be the ones that it is run on.
 
-    Raises InputError for an unknown name or a recording without tokens.
+    Raises InputError for an unknown name, an empty recording, or loads where the policy needs tokens.
     """
     parts = recipe(name)
     if len(fit_on) == 0:
         raise InputError("nothing to fit the policy on: the recording needs at least two requests")
     predictor = PREDICTORS[parts.predictor]() if parts.predictor else None
     if predictor is not None:
-        predictor.fit(fit_on, cluster.experts)
-    placed = parts.placement(cluster, load_LE(fit_on.topk_ids, cluster.experts, fit_on.dropped))
+        predictor.fit(fit_on, cluster.experts, cluster.top_k)
+    placed = parts.placement(cluster, total_load_LE(fit_on, cluster.experts))
     return Policy(name=name, cluster=cluster, recipe=parts, predictor=predictor, placed_LGS=placed)
 
 
@@ -145,5 +151,6 @@ __all__ = [
     "balanced_placement",
     "contiguous_placement",
     "make_policy",
+    "needs_tokens",
     "recipe",
 ]

@@ -22,7 +22,7 @@ from moesim.backend.switch import load_model, sparse_layers
 from moesim.sim.driver import DecisionLog
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.scenario import make_scenario
-from moesim.traces import Phase, TokenTable
+from moesim.traces import Phase, TokenTable, Workload
 from moesim.traces.routers import adapter_of
 
 EXPERTS, CAPACITY, LAYERS, BATCH_TOKENS = 8, 5, 4, 14
@@ -170,7 +170,9 @@ def expected_of(reference, step, gpus, encoder_table):
 def run_case(ranks, phase, model, policies):
     decoder = phase is Phase.PREFILL
     recording, encoder_table = recorded(copy.deepcopy(model), decoder)
-    scenario = make_scenario(spec_of(model), recording, phase=phase, gpus=ranks.size, batch_tokens=BATCH_TOKENS)
+    scenario = make_scenario(
+        spec_of(model), recording, phase=phase, gpus=ranks.size, workload=Workload(batch=BATCH_TOKENS)
+    )
     wanted = expected(copy.deepcopy(model), scenario, encoder_table)
     executor = Executor(ranks, copy.deepcopy(model), scenario, encoder_table)
     found = {}

@@ -13,7 +13,7 @@ from moesim.sim.engine import simulate
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.profile import load_profile
 from moesim.sim.scenario import make_scenario
-from moesim.traces import Phase
+from moesim.traces import Phase, Workload
 
 HERE = Path(__file__).parent
 SIZES, PHASES = (1, 2, 3), ("encoder", "prefill")
@@ -101,7 +101,11 @@ def test_decisions_equal_those_of_the_simulator(found, recordings, phase, size, 
     cases, recording = recordings[phase]
     which = Phase[phase.upper()]
     scenario = make_scenario(
-        cases.spec_of(cases.tiny_model()), recording, phase=which, gpus=size, batch_tokens=cases.BATCH_TOKENS
+        cases.spec_of(cases.tiny_model()),
+        recording,
+        phase=which,
+        gpus=size,
+        workload=Workload(batch=cases.BATCH_TOKENS),
     )
     log = DecisionLog()
     result = simulate(

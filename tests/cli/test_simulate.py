@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -12,7 +13,7 @@ from moesim.cli import main
 from moesim.sim.policies import POLICIES
 from moesim.sim.profile import load_profile
 from moesim.sim.results import load_results
-from moesim.traces import Phase
+from moesim.traces import LoadTable, Phase, load_LE
 from moesim.traces.writer import TraceWriter
 
 NODE = "8xH100-NVLink"
@@ -37,8 +38,8 @@ def test_the_tables_and_their_footnotes(trace):
         assert result.stdout.count(f"│ {name} ") == 3
     for words in (
         "Speedup over contiguous (simulated)",
-        "encoder of switch, 8 GPUs, 64 tokens a batch, 5 steps, 320 tokens",
-        "bfloat16; fitted on one half of the requests, run on the other",
+        "encoder of switch, 8 GPUs, 64 tokens a step in order of arrival, 5 steps, 320 tokens",
+        "bfloat16; fitted on one part of the requests and run on the other, split by request",
         "8xH100-NVLink (from spec sheets, not measured: NVIDIA H100 SXM5 80 GB)",
         "time of decisions: not modelled",
     ):
@@ -100,9 +101,9 @@ def test_results_and_logs_are_written(trace, tmp_path):
         (["--policy", "eplb", "--profile", "9xB300"], "no profile '9xB300'"),
         (["--policy", "eplb", "--gpus", "9"], "has 8 GPUs, 9 cannot"),
         (["--policy", "eplb", "--gpus", "0"], "has 8 GPUs, 0 cannot"),
-        (["--policy", "eplb", "--batch-tokens", "0"], "batch tokens must be at least 1"),
+        (["--policy", "eplb", "--batch-tokens", "0"], "a batch must hold at least 1"),
         (["--policy", "eplb", "--extra-slots", "-1"], "extra slots must not be negative"),
-        (["--policy", "eplb", "--phase", "decode"], "no decoder tokens were recorded"),
+        (["--policy", "eplb", "--phase", "decode"], "nothing was recorded of stack 'decoder'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(trace, options, message):
@@ -175,3 +176,65 @@ def test_simulating_never_imports_torch(trace):
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def loads(trace, tmp_path_factory):
+    """The same recording, counted request by request."""
+    path = tmp_path_factory.mktemp("traces") / "loads.moetrace"
+    table = make_table(requests=20)
+    counted = [load_LE(table.topk_ids[table.request == r], 8) for r in range(20)]
+    rows = LoadTable(load=np.stack(counted), step=np.arange(20, dtype=np.int32), phase=np.zeros(20, np.uint8))
+    with TraceWriter(path, make_spec(), {}, kind="loads") as writer:
+        writer.append("encoder", rows)
+    return path
+
+
+def test_loads_run_whatever_needs_no_tokens(loads):
+    result = run("--policy", "all", "--profile", NODE, "--gpus", 2, "--batch-tokens", 64, "--json", trace=loads)
+    assert result.exit_code == 0, result.output
+    assert "left out, as the trace holds loads and no tokens: predictive-layer, predictive-batch" in result.stderr
+    told = json.loads(result.stdout)
+    assert [entry["policy"] for entry in told["results"]] == [
+        "contiguous",
+        "balanced",
+        "eplb",
+        "oracle-batch",
+        "oracle",
+    ]
+    config = told["config"]
+    assert (config["recorded"], config["split"], config["steps"], config["tokens"]) == ("loads", "time", 5, 320)
+    # The same tokens reach the same GPUs whether they were recorded or drawn: contiguous placement, later half.
+    table = make_table(requests=20)
+    load_LG = load_LE(table.topk_ids[table.request >= 10], 8).reshape(3, 2, 4).sum(axis=2)
+    saved = run("--policy", "balanced", "--profile", NODE, "--gpus", 2, "--out", loads.parent / "r.json", trace=loads)
+    assert "attention is underestimated" in saved.stdout
+    contiguous = load_results(loads.parent / "r.json")[0]
+    assert (np.array([step.load_LG for step in contiguous.steps]).sum(axis=0) == load_LG).all()
+
+
+def test_a_policy_that_needs_tokens_says_so(loads):
+    result = run("--policy", "predictive-layer", "--profile", NODE, trace=loads)
+    assert result.exit_code == 2
+    assert "predictor 'markov' learns from what every token chose" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--batch-requests", "3"], {"batch": "3 requests", "steps": 4}),
+        (["--batch-recorded"], {"batch": "as recorded", "steps": 1}),
+        (["--shuffle", "3"], {"order": "shuffle 3"}),
+        (["--split", "alternate", "--batch-tokens", "32"], {"split": "alternate", "steps": 10}),
+        (["--split", "time"], {"split": "time", "tokens": 320}),
+    ],
+)
+def test_workloads(trace, options, told):
+    result = run("--policy", "balanced", "--profile", NODE, "--json", *options, trace=trace)
+    assert result.exit_code == 0, result.output
+    assert told.items() <= json.loads(result.stdout)["config"].items()
+
+
+def test_two_kinds_of_batch_exclude_each_other(trace):
+    result = run("--policy", "eplb", "--profile", NODE, "--batch-tokens", 8, "--batch-requests", 2, trace=trace)
+    assert (result.exit_code, "--batch-tokens and --batch-requests exclude" in result.stderr) == (2, True)

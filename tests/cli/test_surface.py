@@ -12,15 +12,16 @@ from moesim.cli import main
 
 SHIPPED = str(Path(__file__).parents[2] / "models/switch-mini")
 
+WORKLOAD = "--batch-tokens --batch-requests --batch-recorded --shuffle --split"
 SURFACE = {
     "record": "--model --text --out --device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate "
     "--lookahead --force --json",
     "trace info": "--json",
     "trace stats": "--stack --window-tokens --gpus --picture --json",
     "trace verify": "--json",
-    "simulate": "--policy --baseline --profile --gpus --batch-tokens --phase --extra-slots --max-steps --dtype "
+    "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --max-steps --dtype "
     "--shapes --json --out --picture --event-log --decision-log",
-    "run-gpu": "--policy --baseline --ranks --device --trace --text --batch-tokens --phase --extra-slots --max-steps "
+    "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
     "--repeats --warmup --dtype --json --out --decision-log",
     "calibrate": "--ranks --device --out --dtype --batch-tokens --extra-slots",
     "compare": "--baseline --json --out",

@@ -15,7 +15,7 @@ def tokens(ids):
 
 def fitted(name, table, experts=8):
     predictor = PREDICTORS[name]()
-    predictor.fit(table, experts)
+    predictor.fit(table, experts, table.topk_ids.shape[2])
     return predictor
 
 

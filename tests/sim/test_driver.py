@@ -11,7 +11,7 @@ from helpers import make_spec, make_table
 from moesim.sim.driver import DecisionLog, Driver
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.scenario import make_scenario, rank_counts
-from moesim.traces import InputError, Phase, PolicyError
+from moesim.traces import InputError, Phase, PolicyError, Workload
 
 CAUSAL = [name for name, recipe in POLICIES.items() if recipe.predictor != "oracle"]
 
@@ -19,7 +19,9 @@ CAUSAL = [name for name, recipe in POLICIES.items() if recipe.predictor != "orac
 def scenario(gpus=2, extra_slots=1, batch_tokens=64, **table):
     made = make_table(**table)
     spec = make_spec(made.num_layers, 8, top_k=made.topk_ids.shape[2])
-    return make_scenario(spec, made, phase=Phase.ENCODER, gpus=gpus, batch_tokens=batch_tokens, extra_slots=extra_slots)
+    return make_scenario(
+        spec, made, phase=Phase.ENCODER, gpus=gpus, workload=Workload(batch=batch_tokens), extra_slots=extra_slots
+    )
 
 
 def run(scene, name, *, arrive=True, until=None, change=None):

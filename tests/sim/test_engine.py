@@ -16,7 +16,7 @@ from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.profile import Link, load_profile
 from moesim.sim.residency import Transfer
 from moesim.sim.scenario import make_scenario
-from moesim.traces import InputError, Phase, PolicyError
+from moesim.traces import InputError, Phase, PolicyError, Workload
 
 COPY = Transfer(layer=1, expert=0, source=0, target=1, slot=3)
 # Attention of 4 tokens: (2 * 4 * (4 * 16 * 16 + 16 * 2) + 4 * 16 * 16) / 2048 per ms.
@@ -176,7 +176,9 @@ def scenario(gpus=2, batch_tokens=64, extra_slots=1, phase=Phase.ENCODER, stack=
     made = make_table(phase=phase, **table)
     spec = make_spec(made.num_layers, 8, top_k=made.topk_ids.shape[2])
     spec = replace(spec, stacks=(replace(spec.stacks[0], name=stack),))
-    return make_scenario(spec, made, phase=phase, gpus=gpus, batch_tokens=batch_tokens, extra_slots=extra_slots)
+    return make_scenario(
+        spec, made, phase=phase, gpus=gpus, workload=Workload(batch=batch_tokens), extra_slots=extra_slots
+    )
 
 
 def fitted(scene, name):

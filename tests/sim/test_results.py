@@ -16,7 +16,9 @@ CONFIG = {
     "phase": "encoder",
     "gpus": 2,
     "extra_slots": 1,
-    "batch_tokens": 64,
+    "batch": "64 tokens",
+    "order": "arrival",
+    "recorded": "tokens",
     "steps": 2,
     "tokens": 100,
     "dtype": "float32",
@@ -64,8 +66,8 @@ def test_results_come_back_as_they_were_written(tmp_path):
         ("{", "not a JSON file"),
         ("[1]", "not a result of moesim"),
         ('{"format": "moesim-result", "version": 99}', "version 99"),
-        ('{"format": "moesim-result", "version": 1}', "damaged result"),
-        ('{"format": "moesim-result", "version": 1, "steps": [{}]}', "damaged result"),
+        ('{"format": "moesim-result", "version": 2}', "damaged result"),
+        ('{"format": "moesim-result", "version": 2, "steps": [{}]}', "damaged result"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, message):
@@ -107,7 +109,7 @@ def test_what_cannot_be_compared_is_refused():
         compare([base, fast], measured, "balanced")
     with pytest.raises(InputError, match="no policy beside"):
         compare([base], measured, "contiguous")
-    with pytest.raises(InputError, match="batch_tokens is 64 in the simulation and 32"):
-        compare([base, fast], [measured[0], result("fast", [1.0], "measured", batch_tokens=32)], "contiguous")
+    with pytest.raises(InputError, match="batch is '64 tokens' in the simulation and '32 tokens'"):
+        compare([base, fast], [measured[0], result("fast", [1.0], "measured", batch="32 tokens")], "contiguous")
     with pytest.raises(InputError, match="expected measured results, found a simulated one"):
         compare([base, fast], [base], "contiguous")

@@ -10,7 +10,8 @@ from pathlib import Path
 from moesim.traces.errors import InputError
 from moesim.traces.formats.base import Format, ImportOptions, Recording
 
-FORMATS: dict[str, Format] = {f.name: f for f in ()}
+_ALL: tuple[Format, ...] = ()
+FORMATS: dict[str, Format] = {f.name: f for f in _ALL}
 
 
 def recognise(path: Path) -> Format:

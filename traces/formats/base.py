@@ -29,6 +29,8 @@ class ImportOptions:
     experts: int | None = None
     layers: int | None = None
     """MoE layers, where a file is a flat buffer."""
+    stack: str | None = None
+    """The stack that was recorded; default: what the file says, else the decoder."""
     top_k: int | None = None
     phase: Phase = Phase.PREFILL
     """For recordings that do not say in which phase a token was computed."""
@@ -48,6 +50,10 @@ class Recording:
     num_experts: int
     top_k: int
     parts: Iterator[TokenTable] | Iterator[LoadTable]
+    spec: ModelSpec | None = None
+    """The whole model, where the file brings it along (moesim's own exports)."""
+    stack: str = "decoder"
+    """Name of the stack that was recorded."""
     requests: list[str] = field(default_factory=list)
     """Name of the text or data set of every request, in order of request number; empty where nothing is known. May be
     filled while `parts` is consumed."""
