@@ -80,11 +80,10 @@ class TraceWriter:
             self._write_shard(stack)
 
     def close(self) -> None:
-        """Write what is left. A trace without a single token is still a trace."""
+        """Write what is left, and the manifest with what is known by now. A trace without a token is still a trace."""
         for stack in self._waiting:
             self._write_shard(stack)
-        if not self._shards:
-            self._write_manifest()
+        self._write_manifest()
 
     def _write_shard(self, stack: str) -> None:
         waiting: list[Any] = self._waiting[stack]
