@@ -16,6 +16,7 @@ COMMANDS = {
     "simulate": ("moesim.cli.simulate", "simulate"),
     "run-gpu": ("moesim.cli.run_gpu", "run_gpu"),
     "calibrate": ("moesim.cli.calibrate", "calibrate"),
+    "profile": ("moesim.cli.profile", "profile"),
     "compare": ("moesim.cli.compare", "compare"),
     "demo": ("moesim.cli.demo", "demo"),
 }

@@ -24,6 +24,9 @@ SURFACE = {
     "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
     "--repeats --warmup --dtype --json --out --decision-log",
     "calibrate": "--ranks --device --out --dtype --batch-tokens --extra-slots",
+    "profile list": "--json",
+    "profile show": "--json",
+    "profile check": "--json",
     "compare": "--baseline --json --out",
     "demo": "--model --out --ranks --device --max-tokens --batch-tokens",
 }

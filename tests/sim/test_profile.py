@@ -18,11 +18,10 @@ from moesim.sim.profile import (
 from moesim.traces import InputError
 
 
-@pytest.mark.parametrize("name", ["8xH100-NVLink", "8xA100-NVLink", "4xRTX4090-PCIe"])
+@pytest.mark.parametrize("name", shipped_profiles())
 def test_shipped_profiles_load_and_say_that_they_are_spec_sheets(name):
-    assert name in shipped_profiles()
     profile = load_profile(name)
-    assert profile.name == name and profile.gpus == int(name[0])
+    assert profile.name == name and profile.gpus == int(name.partition("x")[0])
     assert not profile.measured and profile.provenance.sources and "Not measured" in profile.provenance.notes
     assert profile.decide_s == {}
     assert {"float32", "bfloat16"} <= profile.gpu.matmul_flops_per_s.keys()
@@ -35,6 +34,24 @@ def test_shipped_numbers_are_those_of_the_data_sheets():
     assert [p.gpu.memory_bytes / 1e9 for p in (h100, a100, ada)] == [80, 80, 24]
     assert h100.links.p2p.bytes_per_s == 450e9 and a100.links.p2p.bytes_per_s == 300e9 and ada.links.p2p is None
     assert ada.links.host.shared_by == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gb", "hbm_tb_s", "bfloat16_tflops", "p2p_gb_s", "host_gb_s"),
+    [
+        ("8xH200-NVLink", 141, 4.8, 989, 450, 64),
+        ("8xB200-NVLink", 180, 8.0, 2250, 900, 64),
+        ("72xGB200-NVLink", 186, 8.0, 2500, 900, 450),
+        ("1xRTX4090-PCIe", 24, 1.01, 165, None, 32),
+    ],
+)
+def test_more_numbers_of_data_sheets(name, memory_gb, hbm_tb_s, bfloat16_tflops, p2p_gb_s, host_gb_s):
+    profile = load_profile(name)
+    p2p = profile.links.p2p
+    found = (profile.gpu.memory_bytes / 1e9, profile.gpu.hbm_bytes_per_s / 1e12)
+    assert found == (memory_gb, hbm_tb_s)
+    assert profile.gpu.matmul_flops_per_s["bfloat16"] / 1e12 == bfloat16_tflops
+    assert (p2p.bytes_per_s / 1e9 if p2p else None, profile.links.host.bytes_per_s / 1e9) == (p2p_gb_s, host_gb_s)
 
 
 def test_efficiencies_multiply_the_rates():
@@ -90,7 +107,7 @@ def test_more_gpus_than_there_are():
 
 
 def test_an_unknown_name_lists_the_shipped_ones():
-    with pytest.raises(InputError, match=r"'9xB300'.*4xRTX4090-PCIe, 8xA100-NVLink, 8xH100-NVLink"):
+    with pytest.raises(InputError, match=r"'9xB300'.*4xRTX4090-PCIe, 72xGB200-NVLink, 8xA100-NVLink"):
         load_profile("9xB300")
 
 
