@@ -15,6 +15,8 @@ from rich.table import Table
 
 from moesim.cli.record import progress_bar
 from moesim.cli.stats import stats
+from moesim.cli.trace_export import export
+from moesim.cli.trace_import import concat, formats, import_command
 from moesim.traces.statistics import LayerStats, layer_stats, window_loads
 from moesim.traces.store import Trace
 
@@ -23,12 +25,14 @@ WINDOW = 512
 
 @click.group()
 def trace() -> None:
-    """Look at recordings and check them.
+    """Look at recordings, check them, and exchange them with other systems.
 
     \b
     moesim trace info mini.moetrace
     moesim trace stats mini.moetrace --gpus 8
     moesim trace verify mini.moetrace
+    moesim trace import recording.pt --out theirs.moetrace
+    moesim trace export theirs.moetrace --format sglang-plan --policy eplb --gpus 8 --out plan.json
     """
 
 
@@ -79,6 +83,10 @@ def verify(path: Path, as_json: bool) -> None:
 
 
 trace.add_command(stats)
+trace.add_command(import_command)
+trace.add_command(export)
+trace.add_command(concat)
+trace.add_command(formats)
 
 
 def _as_dict(opened: Trace, stats: dict[str, list[LayerStats]]) -> dict[str, Any]:

@@ -115,17 +115,54 @@ def make_scenario(
     `request_texts` names the text of every request, for a split by data set.
     Raises InputError where the recording is too short, the split impossible, or the cluster.
     """
+    table = _of_phase(table, phase)
+    fit: TokenTable | LoadTable
+    run: TokenTable | LoadTable
+    if isinstance(table, LoadTable):
+        fit, run = split_loads(table, workload.split)
+        workload = replace(workload, split="time")
+    else:
+        fit, run = split_requests(table, workload.split, request_texts)
+    return _assemble(spec, phase, gpus, workload, extra_slots, max_steps, fit, run)
+
+
+def unsplit_scenario(
+    spec: ModelSpec,
+    table: TokenTable | LoadTable,
+    *,
+    phase: Phase,
+    gpus: int,
+    workload: Workload,
+    extra_slots: int = 1,
+    max_steps: int | None = None,
+) -> Scenario:
+    """Fitted and run on the whole recording: to plan for a server, never to score. Raises InputError as
+    `make_scenario`."""
+    table = _of_phase(table, phase)
+    return _assemble(spec, phase, gpus, workload, extra_slots, max_steps, table, table)
+
+
+def _of_phase(table: TokenTable | LoadTable, phase: Phase) -> TokenTable | LoadTable:
     table = table.take(table.phase == phase)
     if not len(table):
         raise InputError(f"the trace has no {phase.name.lower()} tokens; record them, or choose another phase")
-    fit: TokenTable | LoadTable
-    if isinstance(table, LoadTable):
-        fit, later = split_loads(table, workload.split)
-        workload = replace(workload, split="time")
-        run = tokens_of_loads(merge_steps(later, workload, spec.top_k).take(slice(max_steps)), spec.top_k)
+    return table
+
+
+def _assemble(
+    spec: ModelSpec,
+    phase: Phase,
+    gpus: int,
+    workload: Workload,
+    extra_slots: int,
+    max_steps: int | None,
+    fit: TokenTable | LoadTable,
+    run: TokenTable | LoadTable,
+) -> Scenario:
+    if isinstance(run, LoadTable):
+        run = tokens_of_loads(merge_steps(run, workload, spec.top_k).take(slice(max_steps)), spec.top_k)
         steps = batches(run, replace(workload, unit="recorded", shuffle=None), phase)
     else:
-        fit, run = split_requests(table, workload.split, request_texts)
         steps = batches(run, workload, phase)[:max_steps]
     cluster = Cluster(
         layers=run.num_layers,

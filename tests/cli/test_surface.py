@@ -19,6 +19,11 @@ SURFACE = {
     "trace info": "--json",
     "trace stats": "--stack --window-tokens --gpus --picture --json",
     "trace verify": "--json",
+    "trace import": "--out --format --model --experts --layers --top-k --phase --stack --physical-map --keep-warmup "
+    "--force --json",
+    "trace export": f"--format --out --stack --policy --gpus --extra-slots --phase {WORKLOAD} --force --json",
+    "trace concat": "--out --force --json",
+    "trace formats": "--json",
     "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --max-steps --dtype "
     "--shapes --json --out --picture --event-log --decision-log",
     "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
