@@ -21,19 +21,37 @@ from moesim.traces.store import MANIFEST, Trace
 @click.option(
     "--text",
     "texts",
-    required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="UTF-8 text file, or a folder of .txt files; several may follow, as in --text *.txt.",
+    help="UTF-8 text file, a folder of .txt files, or - for standard input; several may follow, as in --text *.txt.",
 )
 @click.argument("more_texts", metavar="[TEXT]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--dataset",
+    "datasets",
+    metavar="NAME[:CONFIG]",
+    multiple=True,
+    help="Hugging Face data set, or a .json, .jsonl, .csv, .parquet or .txt file or a folder of them; streamed.",
+)
+@click.option("--dataset-split", default="train", show_default=True, help="Split of the data sets.")
+@click.option("--dataset-column", default="text", show_default=True, help="Column that holds the text.")
+@click.option("--dataset-revision", help="Branch, tag or commit of the data sets.")
+@click.option("--dataset-documents", default=1000, show_default=True, help="Most documents to take of a data set.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The trace to write, NAME.moetrace.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--batch", default=16, show_default=True, help="Requests in one forward pass.")
 @click.option("--max-tokens", type=int, help="Most encoder and prompt tokens to record, over all texts alike.")
-@click.option("--encoder-tokens", default=128, show_default=True, help="Encoder tokens of a request.")
-@click.option("--prefill-tokens", default=32, show_default=True, help="Decoder prompt tokens of a request.")
+@click.option(
+    "--encoder-tokens",
+    type=int,
+    help="Encoder tokens of a request; only for models that have an encoder.  [default: 128]",
+)
+@click.option(
+    "--prefill-tokens",
+    type=int,
+    help="Prompt tokens of a request.  [default: 32 after an encoder, 128 in a decoder-only model]",
+)
 @click.option("--generate", default=0, show_default=True, help="Tokens that the model generates for a request.")
 @click.option("--lookahead", default=2, show_default=True, help="Following gates to ask at each layer.")
 @click.option("--force", is_flag=True, help="Replace an existing trace.")
@@ -42,27 +60,36 @@ def record(
     model: str,
     texts: tuple[Path, ...],
     more_texts: tuple[Path, ...],
+    datasets: tuple[str, ...],
+    dataset_split: str,
+    dataset_column: str,
+    dataset_revision: str | None,
+    dataset_documents: int,
     out: Path,
     device: str,
     dtype: str,
     batch: int,
     max_tokens: int | None,
-    encoder_tokens: int,
-    prefill_tokens: int,
+    encoder_tokens: int | None,
+    prefill_tokens: int | None,
     generate: int,
     lookahead: int,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Record which expert the router chose for every token: encoder, decoder prefill and decode steps.
+    """Record which experts the routers chose for every token: encoder, prefill and decode steps.
 
-    A recording that is interrupted keeps what it has written; the model's output is not changed by a single bit.
+    Knows Switch, NLLB-MoE, Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and -V3, gpt-oss and Granite-MoE models. A
+    recording that is interrupted keeps what it has written; the model's output is not changed by a single bit.
 
     \b
     moesim record --model models/switch-mini --text models/switch-mini/samples --out mini.moetrace
     moesim record --model google/switch-base-128 --text a.txt b.txt --generate 16 --out base.moetrace
+    cat *.md | moesim record --model allenai/OLMoE-1B-7B-0924 --text - --dtype bfloat16 --out olmoe.moetrace
+    moesim record --model Qwen/Qwen3-30B-A3B --dataset openai/gsm8k:main --dataset-column question --out qwen.moetrace
     """
     from moesim.traces import record as recording
+    from moesim.traces.texts import check_names, read_dataset, read_texts
 
     options = recording.RecordOptions(
         encoder_tokens=encoder_tokens,
@@ -72,7 +99,15 @@ def record(
         max_tokens=max_tokens,
         lookahead=lookahead,
     )
-    contents = recording.read_texts([*texts, *more_texts])
+    if not (texts or more_texts or datasets):
+        raise InputError("nothing to record: give --text or --dataset")
+    contents = read_texts([*texts, *more_texts]) + [
+        read_dataset(
+            name, split=dataset_split, column=dataset_column, revision=dataset_revision, limit=dataset_documents
+        )
+        for name in datasets
+    ]
+    check_names(contents)
     if out.exists() and not force:
         raise InputError(f"{out} exists already; choose another name, or replace it with --force")
     loaded, tokenizer = recording.load_model(model, device=recording.pick_device(device), dtype=dtype)
@@ -85,8 +120,12 @@ def record(
         click.echo(_summary(Trace.open(out)) if (out / MANIFEST).exists() else "nothing was recorded yet", err=True)
         raise
     trace = Trace.open(out)
+    caveats = trace.provenance["caveats"]
+    for caveat in caveats:
+        click.echo(f"Warning: {caveat}.", err=True)
     if as_json:
-        click.echo(json.dumps({"trace": str(out), "requests": len(trace.request_texts), "counts": trace.counts()}))
+        told = {"trace": str(out), "requests": len(trace.request_texts), "counts": trace.counts(), "caveats": caveats}
+        click.echo(json.dumps(told))
         return
     click.echo(_summary(trace))
 
@@ -103,8 +142,8 @@ class _Rate(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, only on a terminal; yields a callback that takes (tokens done, in all)."""
+def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr, only on a terminal; yields a callback that takes (tokens done, in all where that is known)."""
     columns = (TextColumn(what), BarColumn(), _Rate(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -155,11 +155,12 @@ def _join(job: Job) -> list[Result] | None:
 def _record(job: Job, text: tuple[Path, ...], folder: Path, report: Report) -> Path:
     """Record the texts (or the model's samples) with this model into a trace in `folder`."""
     from moesim.traces import record as recording
+    from moesim.traces.texts import read_texts
 
     samples = Path(job.model) / "samples"
     if not text and not samples.is_dir():
         raise InputError(f"nothing to run: give --trace or --text ({samples} does not exist)")
-    contents = recording.read_texts(list(text) or [samples])
+    contents = read_texts(list(text) or [samples])
     model, tokenizer = recording.load_model(job.model, device="cpu", dtype=job.dtype)
     options = recording.RecordOptions(max_tokens=RECORD_TOKENS, lookahead=0)
     return recording.record(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.traces.workload import held_out
 from moesim.traces.errors import InputError
 from moesim.traces.tokens import TokenTable
+from moesim.traces.workload import held_out
 
 Floats = NDArray[np.float64]
 

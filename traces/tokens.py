@@ -37,7 +37,7 @@ class TokenTable:
     topk_weights: NDArray[np.float16] | None = None
     """[T, L, K] gate weights as the model applied them; None where the recording has ids only."""
     dropped: NDArray[np.bool_]
-    """[T, L] True where the expert was over its capacity and the token took the residual path."""
+    """[T, L] True where none of the token's experts ran (all over capacity): it took the residual path."""
     token_id: NDArray[np.int32] | None = None
     """[T] vocabulary id that entered the stack; None where the recording does not say."""
     request: NDArray[np.int32]

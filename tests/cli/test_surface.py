@@ -14,8 +14,8 @@ SHIPPED = str(Path(__file__).parents[2] / "models/switch-mini")
 
 WORKLOAD = "--batch-tokens --batch-requests --batch-recorded --shuffle --split"
 SURFACE = {
-    "record": "--model --text --out --device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate "
-    "--lookahead --force --json",
+    "record": "--model --text --dataset --dataset-split --dataset-column --dataset-revision --dataset-documents --out "
+    "--device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate --lookahead --force --json",
     "trace info": "--json",
     "trace stats": "--stack --window-tokens --gpus --picture --json",
     "trace verify": "--json",

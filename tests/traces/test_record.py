@@ -6,20 +6,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_models import saved, tiny, tiny_nllb
 from switch_models import SHIPPED, random_switch, shipped_switch
 from transformers import AutoTokenizer
 
-from moesim.cli import main
 from moesim.traces import InputError, Phase
-from moesim.traces.record import RecordOptions, cut_requests, load_model, provenance, read_texts, record
+from moesim.traces.adapters import adapter_of
+from moesim.traces.record import RecordOptions, Request, batch_requests, cut_requests, load_model, provenance, record
 from moesim.traces.routers import RouterRecorder
 from moesim.traces.store import MANIFEST, Trace
+from moesim.traces.texts import Text, read_texts
 
 SAMPLES = SHIPPED / "samples"
 OPTIONS = RecordOptions(encoder_tokens=24, prefill_tokens=6, generate=4, batch=4, max_tokens=400)
@@ -32,7 +34,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def texts():
-    return {path.name: path.read_text(encoding="utf-8")[:1500] for path in sorted(SAMPLES.glob("*.txt"))[:3]}
+    files = sorted(SAMPLES.glob("*.txt"))[:3]
+    return [Text(path.name, [path.read_text(encoding="utf-8")[:1500]]) for path in files]
+
+
+def cut(texts, tokenizer, options=OPTIONS):
+    return cut_requests(texts, tokenizer, options.resolved(encoder_decoder=True), [0])
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +48,47 @@ def recorded(tmp_path_factory, tokenizer, texts):
     return Trace.open(record(shipped_switch(), tokenizer, texts, out, OPTIONS, source=str(SHIPPED), shard_tokens=128))
 
 
+def ordered(requests, options=OPTIONS):
+    """The requests as they are numbered."""
+    return [request for batch in batch_requests(requests, options.batch) for request in batch]
+
+
 def test_requests_are_cut_in_turn_without_overlap(tokenizer, texts):
-    requests = cut_requests(texts, tokenizer, RecordOptions(encoder_tokens=24, prefill_tokens=6))
-    assert [r.text for r in requests[: len(texts)]] == list(texts)
-    for name, text in texts.items():
-        joined = [t for r in requests if r.text == name for t in (*r.encoder, *r.prompt)]
-        assert joined == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert sum(len(r.encoder) + len(r.prompt) + 1 for r in cut_requests(texts, tokenizer, OPTIONS)) <= 400
+    requests = cut(texts, tokenizer, RecordOptions(encoder_tokens=24, prefill_tokens=6))
+    assert [r.text for r in requests[: len(texts)]] == [text.name for text in texts]
+    for text in texts:
+        joined = [t for r in requests if r.text == text.name for t in (*r.encoder, *r.prompt[1:])]
+        assert joined == [t for d in text.documents() for t in tokenizer(d, add_special_tokens=False)["input_ids"]]
+    assert all(r.prompt[0] == 0 for r in requests)
+    assert sum(r.tokens for r in cut(texts, tokenizer)) <= 400
+
+
+def test_windows_do_not_cross_documents_and_no_more_are_read_than_needed(tokenizer):
+    read = []
+
+    def documents():
+        for i in range(1000):
+            read.append(i)
+            yield "one two three four five six seven"
+
+    options = RecordOptions(encoder_tokens=5, prefill_tokens=100, max_tokens=60)
+    text = Text("endless", documents(), {"dataset": "endless"})
+    requests = cut([text, Text("x.txt", ["one"])], tokenizer, options)
+    length = len(tokenizer("one two three four five six seven", add_special_tokens=False)["input_ids"])
+    assert {len(r.encoder) + len(r.prompt) - 1 for r in requests if r.text == "endless"} == {length}
+    assert sum(r.tokens for r in requests) <= 60 and [r.text for r in requests].count("x.txt") == 1
+    assert len(read) == [r.text for r in requests].count("endless") + 1
+    assert text.about()["documents"] == len(read)
+
+
+@given(st.lists(st.integers(1, 4), max_size=40), st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_batches_hold_every_request_once_and_prompts_of_one_length(lengths, size):
+    requests = [Request(text=str(i), encoder=[], prompt=[0] * length) for i, length in enumerate(lengths)]
+    batches = list(batch_requests(requests, size))
+    assert sorted(int(r.text) for batch in batches for r in batch) == list(range(len(lengths)))
+    assert all(len({len(r.prompt) for r in batch}) == 1 and len(batch) <= size for batch in batches)
+    assert len(batches) == sum(-(-lengths.count(length) // size) for length in set(lengths)), "batches are not full"
 
 
 def test_a_recording_holds_every_phase_and_verifies(recorded):
@@ -64,7 +105,7 @@ def test_a_recording_holds_every_phase_and_verifies(recorded):
 def test_each_request_is_routed_as_the_model_routes_it_alone(recorded, tokenizer, texts):
     model = shipped_switch()
     table = recorded.table("encoder")
-    for number, request in list(enumerate(cut_requests(texts, tokenizer, OPTIONS)))[::5]:
+    for number, request in list(enumerate(ordered(cut(texts, tokenizer))))[::5]:
         rows = table.take(table.request == number)
         assert rows.token_id.tolist() == request.encoder
         assert rows.position.tolist() == list(range(len(request.encoder)))
@@ -75,12 +116,12 @@ def test_each_request_is_routed_as_the_model_routes_it_alone(recorded, tokenizer
 
 
 def test_padding_is_not_recorded(tmp_path, tokenizer):
-    texts = {"long": "one two three four five six seven eight nine ten " * 3, "short": "one two"}
+    texts = [Text("long", ["one two three four five six seven eight nine ten " * 3]), Text("short", ["one two"])]
     options = RecordOptions(encoder_tokens=30, prefill_tokens=1, batch=8)
     trace = Trace.open(
         record(shipped_switch(), tokenizer, texts, tmp_path / "p.moetrace", options, source=str(SHIPPED))
     )
-    expected = [len(r.encoder) for r in cut_requests(texts, tokenizer, options)]
+    expected = [len(r.encoder) for r in ordered(cut(texts, tokenizer, options), options)]
     assert np.bincount(trace.table("encoder").request).tolist() == expected
     assert min(expected) < max(expected)
 
@@ -112,55 +153,17 @@ def test_a_model_may_have_several_ends(tmp_path, tokenizer, texts, monkeypatch):
     assert not np.isin(shorter, ends).any() and 0 < len(shorter) < len(generated)
 
 
-def test_text_and_its_digest_are_those_of_the_file(tmp_path):
+def test_the_provenance_names_texts_and_weights_but_no_path_of_the_machine(tmp_path):
     content = "one\r\ntwo\n\n  \u4e09\r".encode()
     (tmp_path / "x.txt").write_bytes(content)
     texts = read_texts([tmp_path])
-    assert texts["x.txt"].encode() == content
+    assert [d.encode() for text in texts for d in text.documents()] == [content]
     about = provenance(random_switch(8), texts, OPTIONS, str(SHIPPED))
     assert about["texts"] == {"x.txt": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     weights = SHIPPED / "model.safetensors"
     assert about["model_sha256"]["model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert str(tmp_path) not in str(about) and str(SHIPPED.parent) not in str(about)
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"--model": "missing/folder-that-is-not-there"}, "the model cannot be loaded"),
-        ({"--model": str(SAMPLES)}, "no model there (config.json is missing)"),
-        ({"--text": "nowhere.txt"}, "nowhere.txt: cannot be read"),
-        ({"--text": "empty.txt"}, "empty.txt: the text is empty"),
-        ({"--text": "latin1.txt"}, "latin1.txt: not UTF-8 text (byte 3)"),
-        ({"--batch": "0"}, "batch must be at least 1"),
-        ({"--out": "there"}, "exists already"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").write_text(" \n")
-    Path("latin1.txt").write_bytes(b"na\x69\xefve")
-    Path("good.txt").write_text("Call me Ishmael.")
-    Path("there").mkdir()
-    options = {"--model": str(SHIPPED), "--text": "good.txt", "--out": "x.moetrace", "--device": "cpu", **change}
-    result = run("record", *(part for pair in options.items() for part in pair))
-    assert result.exit_code == 2
-    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
-    assert message in result.stderr
-    assert not Path("x.moetrace").exists()
-
-
-def test_several_texts_may_follow_one_option(tmp_path):
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("Call me Ishmael. Some years ago.")
-    out = tmp_path / "x.moetrace"
-    texts = ["--text", tmp_path / "a.txt", tmp_path / "b.txt"]
-    assert run("record", "--model", SHIPPED, *texts, "--out", out, "--device", "cpu").exit_code == 0
-    assert sorted(Trace.open(out).request_texts) == ["a.txt", "b.txt"]
+    assert about["caveats"] == []
 
 
 def test_force_replaces_a_trace_but_never_another_folder(tmp_path, tokenizer, texts):
@@ -182,35 +185,11 @@ def test_force_replaces_a_trace_but_never_another_folder(tmp_path, tokenizer, te
     assert (other / "chapter.txt").exists()
 
 
-@pytest.mark.parametrize("batches", [0, 2])
-def test_ctrl_c_keeps_what_was_recorded_and_says_so(tmp_path, monkeypatch, batches):
-    plain, calls = RouterRecorder.take, []
-
-    def take(recorder, stack):
-        calls.append(stack)
-        if len(calls) > 2 * batches:
-            raise KeyboardInterrupt
-        return plain(recorder, stack)
-
-    monkeypatch.setattr(RouterRecorder, "take", take)
-    out, text = tmp_path / "c.moetrace", tmp_path / "c.txt"
-    text.write_text("The whale. " * 2000)
-    result = run("record", "--model", SHIPPED, "--text", text, "--out", out, "--batch", 2, "--device", "cpu")
-    assert result.exit_code == 130
-    assert "Interrupted: everything written so far is kept." in result.stderr
-    if not batches:
-        assert "nothing was recorded yet" in result.stderr and not out.exists()
-        return
-    assert "512 encoder, 132 prefill" in result.stderr
-    trace = Trace.open(out)
-    assert sum(shard.rows for shard in trace.verify()) == 2 * 2 * (128 + 33)
-
-
 def test_kill_9_leaves_a_trace_that_verifies(tmp_path):
     out, text = tmp_path / "killed.moetrace", tmp_path / "long.txt"
     text.write_text("The whale swam on. " * 8000)  # far more than is recorded until the kill
     code = (
-        "import sys; from pathlib import Path; from moesim.traces.record import *\n"
+        "import sys; from pathlib import Path; from moesim.traces.record import *; from moesim.traces.texts import *\n"
         "model, tokenizer = load_model(sys.argv[1], device='cpu', dtype='float32')\n"
         "record(model, tokenizer, read_texts([Path(sys.argv[3])]), Path(sys.argv[2]),\n"
         "       RecordOptions(encoder_tokens=32, prefill_tokens=4, batch=2), source='x', shard_tokens=128)\n"
@@ -232,15 +211,86 @@ def test_kill_9_leaves_a_trace_that_verifies(tmp_path):
     assert len(trace.table("encoder")) >= 128
 
 
-def test_a_broken_transformers_is_named(monkeypatch):
-    monkeypatch.setattr("moesim.traces.record.version", lambda _: "5.17.0")
+def test_a_broken_transformers_is_named_to_those_who_record_switch_models(monkeypatch, tmp_path):
+    monkeypatch.setattr("moesim.traces.adapters.seq2seq.version", lambda _: "5.17.0")
     with pytest.raises(InputError, match=r"transformers 5.17.0 .* install transformers>=5.18"):
         load_model(str(SHIPPED), device="cpu", dtype="float32")
+    assert load_model(str(saved(tiny("mixtral"), tmp_path)), device="cpu", dtype="float32")
 
 
-def test_texts_of_the_same_name_are_refused(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.txt").write_text("text")
-    with pytest.raises(InputError, match=r"two texts are called x.txt"):
-        read_texts([tmp_path / "a", tmp_path / "b"])
+@pytest.fixture(scope="module")
+def decoder_only(tmp_path_factory, texts):
+    """(model, trace, number of generated tokens) of the ordinary way from files to a trace."""
+    folder = tmp_path_factory.mktemp("decoder-only")
+    model, tokenizer = load_model(str(saved(tiny("deepseek_v3"), folder / "model")), device="cpu", dtype="float32")
+    model.generation_config.eos_token_id = None
+    options = RecordOptions(prefill_tokens=10, generate=4, batch=4, max_tokens=300)
+    out = record(model, tokenizer, texts, folder / "d.moetrace", options, source=str(folder / "model"), shard_tokens=64)
+    return model, tokenizer, Trace.open(out)
+
+
+def test_a_decoder_only_recording_has_one_stack_and_every_phase(decoder_only, texts):
+    _, tokenizer, trace = decoder_only
+    assert len(list(trace.verify())) > 2 and trace.stacks == ("decoder",)
+    table = trace.table("decoder")
+    prefill, decode = (table.take(table.phase == phase) for phase in (Phase.PREFILL, Phase.DECODE))
+    options = RecordOptions(prefill_tokens=10, max_tokens=300).resolved(encoder_decoder=False)
+    requests = ordered(cut_requests(texts, tokenizer, options, [2]))
+    assert list(trace.request_texts) == [r.text for r in requests]
+    assert len(decode) == 3 * len(requests) and len(prefill) == sum(r.tokens for r in requests) <= 300
+    for number, request in enumerate(requests):
+        mine = table.take(table.request == number)
+        assert mine.position.tolist() == list(range(request.tokens + 3))
+        assert mine.token_id[: request.tokens].tolist() == request.prompt == [2, *request.prompt[1:]]
+    assert trace.provenance["options"]["prefill_tokens"] == 10 and trace.spec.family == "deepseek_v3"
+
+
+def test_a_decoder_only_request_is_routed_as_the_model_routes_it_alone(decoder_only):
+    model, _, trace = decoder_only
+    table = trace.table("decoder")
+    for number in (0, len(trace.request_texts) - 1):
+        rows = table.take(table.request == number)
+        with RouterRecorder(model) as recorder, torch.inference_mode():
+            told = model(input_ids=torch.from_numpy(rows.token_id.astype(np.int64))[None]).logits.argmax(-1)[0]
+        (alone,) = recorder.take("decoder")
+        assert (rows.topk_ids == alone.ids[0]).mean() > 0.99, "batches and caches may round another way"
+        generated = rows.phase == Phase.DECODE
+        assert (told[np.flatnonzero(generated) - 1].numpy() == rows.token_id[generated]).all(), "not greedy"
+
+
+@pytest.mark.parametrize("generate", [0, 2])
+def test_a_prompt_starts_with_bos_where_there_is_one(tmp_path, tokenizer, generate):
+    texts = [Text("x", ["one two three"])]
+    words = tokenizer("one two three", add_special_tokens=False)["input_ids"]
+    for bos, expected in ((None, words), (5, [5, *words])):
+        model = tiny("qwen2_moe")
+        model.config.bos_token_id = bos
+        model.generation_config.eos_token_id = None
+        out = tmp_path / f"{bos}.moetrace"
+        options = RecordOptions(generate=generate, lookahead=0)
+        table = Trace.open(record(model, tokenizer, texts, out, options, source="random")).table("decoder")
+        assert table.token_id[: len(expected)].tolist() == expected
+        assert len(table) == len(expected) + max(generate - 1, 0)
+
+
+def test_encoder_tokens_without_an_encoder_are_refused(tmp_path, tokenizer, texts):
+    with pytest.raises(InputError, match="--encoder-tokens: this model has no encoder; give --prefill-tokens alone"):
+        record(tiny("mixtral"), tokenizer, texts, tmp_path / "x", RecordOptions(encoder_tokens=9), source="random")
+    assert not (tmp_path / "x").exists()
+    assert RecordOptions().resolved(encoder_decoder=True).prefill_tokens == 32
+    assert RecordOptions().resolved(encoder_decoder=False).prefill_tokens == 128
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, texts):
+    with pytest.raises(InputError, match=r"the tokenizer gives token \d+, the model knows 96: they do not belong"):
+        record(random_switch(8), tokenizer, texts, tmp_path / "x", OPTIONS, source="random")
+
+
+def test_nllb_is_recorded_with_its_caveat(tmp_path, tokenizer, texts):
+    model = tiny_nllb()
+    out = record(model, tokenizer, texts, tmp_path / "n.moetrace", OPTIONS, source="random")
+    trace = Trace.open(out)
+    assert list(trace.verify()) and set(trace.counts()) == {"encoder", "decoder"}
+    assert trace.table("encoder").topk_ids.shape[1:] == (2, 2)
+    adapter, routers = adapter_of(model)
+    assert trace.provenance["caveats"] == [c for c in [adapter.caveat(routers)] if c]
