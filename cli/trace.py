@@ -17,6 +17,7 @@ from moesim.cli.record import progress_bar
 from moesim.cli.stats import stats
 from moesim.cli.trace_export import export
 from moesim.cli.trace_import import concat, formats, import_command
+from moesim.cli.trace_synth import synth
 from moesim.traces.statistics import LayerStats, layer_stats, window_loads
 from moesim.traces.store import Trace
 
@@ -87,6 +88,7 @@ trace.add_command(import_command)
 trace.add_command(export)
 trace.add_command(concat)
 trace.add_command(formats)
+trace.add_command(synth)
 
 
 def _as_dict(opened: Trace, stats: dict[str, list[LayerStats]]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ SURFACE = {
     "trace export": f"--format --out --stack --policy --gpus --extra-slots --phase {WORKLOAD} --force --json",
     "trace concat": "--out --force --json",
     "trace formats": "--json",
+    "trace synth": "--out --like --experts --layers --top-k --requests --request-tokens --skew --drift --coupling "
+    "--overlap --domains --domain-shift --arrival --window-tokens --shapes --seed --force --json",
     "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --max-steps --dtype "
     "--shapes --json --out --picture --event-log --decision-log",
     "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
