@@ -8,9 +8,40 @@ from __future__ import annotations
 from pathlib import Path
 
 from moesim.traces.errors import InputError
+from moesim.traces.formats import (
+    arrays,
+    esft,
+    jsonl,
+    load_csv,
+    megatron,
+    moe_balance,
+    npz,
+    parquet,
+    sglang,
+    sglang_requests,
+    tensorrt,
+    vllm,
+    vllm_loads,
+)
 from moesim.traces.formats.base import Format, ImportOptions, Recording
 
-_ALL: tuple[Format, ...] = ()
+_ALL: tuple[Format, ...] = (
+    parquet.FORMAT,
+    sglang.FORMAT,
+    sglang_requests.FORMAT,
+    vllm.FORMAT,
+    vllm_loads.FORMAT,
+    tensorrt.FORMAT,
+    megatron.FORMAT,
+    esft.FORMAT,
+    npz.FORMAT,
+    moe_balance.FORMAT,
+    jsonl.FORMAT,
+    load_csv.FORMAT,
+    load_csv.LLAMACPP,
+    arrays.MOE_INFINITY,
+    arrays.DEEPSEEK,
+)
 FORMATS: dict[str, Format] = {f.name: f for f in _ALL}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def recognise(path: Path) -> bool:
         return False
 
 
-def read(path: Path, options: ImportOptions) -> Recording:
+def read(path: Path, _options: ImportOptions) -> Recording:
     """What `write` wrote. Raises InputError where pyarrow is missing or the file is not an export of moesim."""
     parquet = _pyarrow_parquet()
     try:
@@ -72,7 +73,7 @@ def write(trace: Trace, stack: str, path: Path) -> None:
     parquet = _pyarrow_parquet()
     import pyarrow as pa
 
-    parts = trace.load_parts(stack) if trace.kind == "loads" else trace.parts(stack)
+    parts: Iterator[Any] = trace.load_parts(stack) if trace.kind == "loads" else trace.parts(stack)
     first = next(parts)
     shapes = {name: column.shape[1:] for name, column in first.arrays().items()}
     texts = sorted(set(trace.request_texts))
@@ -87,15 +88,10 @@ def write(trace: Trace, stack: str, path: Path) -> None:
     }
     schema = _batch(pa, first.take(slice(0))).schema.with_metadata({KEY: json.dumps(about).encode()})
     with replacing(path) as file, parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-        for part in _chain(first, parts):
+        for part in chain([first], parts):
             for begin in range(0, len(part), PART_TOKENS):
                 batch = _batch(pa, part.take(slice(begin, begin + PART_TOKENS)))
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-
-
-def _chain(first: Any, rest: Any) -> Iterator[TokenTable | LoadTable]:
-    yield first
-    yield from rest
 
 
 def _batch(pa: Any, table: TokenTable | LoadTable) -> Any:
@@ -151,7 +147,7 @@ def _check(table: TokenTable | LoadTable, spec: ModelSpec) -> None:
 
 def _pyarrow_parquet() -> Any:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import parquet
     except ImportError:
         raise InputError('Parquet needs pyarrow: pip install "moesim[parquet]"') from None
     return parquet
