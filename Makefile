@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU-only build of torch spares gigabytes of CUDA packages; see README, "Install".
 PIP_FLAGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint fuzz bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/moesim demo --out runs/demo
@@ -17,6 +17,11 @@ lint: $(VENV)/installed-dev .shim/moesim
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Damaged and random recordings, many of them; `make test` tries a few.
+FUZZ_EXAMPLES ?= 2000
+fuzz: $(VENV)/installed-dev
+	MOESIM_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/traces/test_fuzz.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/recorder_overhead.py
