@@ -40,14 +40,15 @@ def load_over_time(results: list[Result], path: Path, title: str) -> None:
     _save(figure, path, title)
 
 
-def load_heat_map(loads_WLE: NDArray[np.integer], path: Path, title: str) -> None:
-    """Write a PNG: above, layers x experts in multiples of the mean load; below, the busiest expert of each window."""
+def load_heat_map(loads_WLE: NDArray[np.integer], path: Path, title: str, windows: int = 1) -> None:
+    """Write a PNG: above, layers x experts in multiples of the mean load; below, the busiest expert over time, each
+    point being the sum of `windows` windows."""
     from matplotlib.figure import Figure
 
     total_LE = loads_WLE.sum(axis=0).astype(float)
     share_LE = total_LE / np.maximum(total_LE.mean(axis=1, keepdims=True), 1e-9)
-    windows = loads_WLE.astype(float)
-    peak_WL = windows.max(axis=2) / np.maximum(windows.mean(axis=2), 1e-9)
+    loads = loads_WLE.astype(float)
+    peak_WL = loads.max(axis=2) / np.maximum(loads.mean(axis=2), 1e-9)
     figure = Figure(figsize=(10, 6), layout="constrained")
     above, below = figure.subplots(2, 1)
     drawn = above.imshow(share_LE, aspect="auto", cmap="viridis", interpolation="nearest")
@@ -56,7 +57,7 @@ def load_heat_map(loads_WLE: NDArray[np.integer], path: Path, title: str) -> Non
     figure.colorbar(drawn, ax=above, label="tokens / mean")
     for layer in range(peak_WL.shape[1]):
         below.plot(peak_WL[:, layer], linewidth=0.9, label=f"layer {layer}")
-    below.set_xlabel("window")
+    below.set_xlabel("window" if windows == 1 else f"{windows} windows together")
     below.set_ylabel("busiest expert / mean")
     below.grid(alpha=0.25)
     if peak_WL.shape[1] <= 12:

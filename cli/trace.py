@@ -14,14 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moesim.cli.record import progress_bar
-from moesim.cli.stats import stats
+from moesim.cli.stats import WINDOW, StackStats, stats, summarise
 from moesim.cli.trace_export import export
 from moesim.cli.trace_import import concat, formats, import_command
 from moesim.cli.trace_synth import synth
-from moesim.traces.statistics import LayerStats, layer_stats, window_loads
+from moesim.traces.statistics import LayerStats
 from moesim.traces.store import Trace
-
-WINDOW = 512
 
 
 @click.group()
@@ -48,14 +46,11 @@ def info(path: Path, as_json: bool) -> None:
     moesim trace info mini.moetrace --json
     """
     opened = Trace.open(path)
-    stats = {
-        stack: layer_stats(window_loads(opened.table(stack), opened.spec.num_experts, WINDOW), top=3)
-        for stack in opened.stacks
-    }
+    found = {stack: summarise(opened, stack, overlap=False) for stack in opened.stacks}
     if as_json:
-        click.echo(json.dumps(_as_dict(opened, stats), indent=1))
+        click.echo(json.dumps(_as_dict(opened, found), indent=1))
     else:
-        _print(opened, stats)
+        _print(opened, found)
 
 
 @trace.command()
@@ -78,7 +73,8 @@ def verify(path: Path, as_json: bool) -> None:
         report = {"trace": str(path), "shards": len(opened.shards), "tokens": sound, "leftovers": leftovers}
         click.echo(json.dumps(report))
         return
-    click.echo(f"{path}: sound, {len(opened.shards)} shards, {sound:,} tokens")
+    what = "rows of loads" if opened.kind == "loads" else "tokens"
+    click.echo(f"{path}: sound, {len(opened.shards)} shards, {sound:,} {what}")
     if leftovers:
         click.echo(f"not part of the trace, left behind by an interrupted recording: {', '.join(leftovers)}")
 
@@ -91,42 +87,79 @@ trace.add_command(formats)
 trace.add_command(synth)
 
 
-def _as_dict(opened: Trace, stats: dict[str, list[LayerStats]]) -> dict[str, Any]:
+def _as_dict(opened: Trace, found: dict[str, StackStats]) -> dict[str, Any]:
     return {
         "trace": str(opened.path),
+        "kind": opened.kind,
         "spec": opened.spec.to_dict(),
         "requests": dict(Counter(opened.request_texts)),
         "counts": opened.counts(),
-        "dropped": {stack: float(opened.table(stack).dropped.mean()) for stack in opened.stacks},
-        "window_tokens": WINDOW,
+        "dropped": _dropped(opened),
+        "window_tokens": None if opened.kind == "loads" else WINDOW,
         "skew": {
-            stack: [{"max_over_mean": s.max_over_mean, "noise": s.noise_max_over_mean} for s in layers]
-            for stack, layers in stats.items()
+            stack: [{"max_over_mean": s.max_over_mean, "noise": s.noise_max_over_mean} for s in stats.layers]
+            for stack, stats in found.items()
         },
         "provenance": opened.provenance,
         "leftovers": opened.leftovers(),
     }
 
 
-def _print(opened: Trace, stats: dict[str, list[LayerStats]]) -> None:
-    spec, about = opened.spec, opened.provenance
+def _dropped(opened: Trace) -> dict[str, float]:
+    """Share of the choices over capacity, by stack; empty in a recording of loads."""
+    shares: dict[str, float] = {}
+    for stack in opened.stacks if opened.kind == "tokens" else ():
+        dropped = choices = 0
+        for part in opened.parts(stack):
+            dropped, choices = dropped + int(part.dropped.sum()), choices + part.dropped.size
+        shares[stack] = dropped / max(choices, 1)
+    return shares
+
+
+def _print(opened: Trace, found: dict[str, StackStats]) -> None:
+    spec = opened.spec
     console = Console()
     say = partial(console.print, highlight=False, markup=False)  # names in a manifest are not markup
     say(f"{opened.path}: {spec.family}, {spec.num_experts} experts, top-{spec.top_k}, {spec.dtype}")
-    say(f"model {about.get('model')}, recorded {about.get('recorded')} on {about.get('device')}")
+    for line in _origin(opened.provenance):
+        say(line)
     for text, count in sorted(Counter(opened.request_texts).items()):
         say(f"  {count} requests from {text}")
+    dropped = _dropped(opened)
     for stack, phases in opened.counts().items():
-        dropped = opened.table(stack).dropped.mean()
-        tokens = ", ".join(f"{count:,} {phase}" for phase, count in phases.items())
-        say(f"{stack}: {tokens} tokens; {dropped:.2%} of the choices over capacity")
-        console.print(_skew_table(stats[stack], spec.stack(stack).moe_layers))
+        what = "rows of loads, without tokens" if opened.kind == "loads" else "tokens"
+        rows = ", ".join(f"{count:,} {phase}" for phase, count in phases.items())
+        over = f"; {dropped[stack]:.2%} of the choices over capacity" if stack in dropped else ""
+        say(f"{stack}: {rows} {what}{over}")
+        console.print(_skew_table(opened, found[stack].layers, spec.stack(stack).moe_layers))
     if leftovers := opened.leftovers():
         say(f"not part of the trace, left behind by an interrupted recording: {', '.join(leftovers)}")
 
 
-def _skew_table(layers: list[LayerStats], numbers: tuple[int, ...]) -> Table:
-    table = Table(title=f"Load per layer, windows of {WINDOW} tokens", title_justify="left")
+def _origin(about: dict[str, Any]) -> list[str]:
+    """Where the trace comes from, one line each."""
+    lines = []
+    if about.get("synthetic"):
+        lines.append("synthetic: made up, not recorded")
+    if "model" in about:
+        lines.append(f"model {about['model']}, recorded {about.get('recorded')} on {about.get('device')}")
+    if isinstance(imported := about.get("import"), dict):
+        lines.append(f"imported from {imported.get('format')}: {imported.get('source')}, {imported.get('bytes')} bytes")
+        if not imported.get("complete"):
+            lines.append("the import was interrupted: rows are missing")
+        cleaning = imported.get("cleaning", {})
+        for what, share in cleaning.get("shares", {}).items():
+            if share:
+                lines.append(
+                    f"  {what}: {share:.1%} of the rows, {'dropped' if what in cleaning['dropped'] else 'kept'}"
+                )
+        lines += [f"  {name}: {note}" for name, note in imported.get("notes", {}).items() if name != "exported"]
+    return lines
+
+
+def _skew_table(opened: Trace, layers: list[LayerStats], numbers: tuple[int, ...]) -> Table:
+    window = "rows as recorded" if opened.kind == "loads" else f"windows of {WINDOW} tokens"
+    table = Table(title=f"Load per layer, {window}", title_justify="left")
     for column in ("layer", "max/mean", "uniform router", "active experts", "top experts"):
         table.add_column(column, justify="right")
     for number, s in zip(numbers, layers, strict=True):

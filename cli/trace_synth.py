@@ -172,7 +172,8 @@ def _make(
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['trace']}: synthetic, {report['tokens']:,} tokens", title_justify="left")
+    click.echo(f"{report['trace']}: synthetic, {report['tokens']:,} tokens")
+    table = Table()
     for column in ("statistic", "target", "reached", ""):
         table.add_column(column, justify="left" if column == "statistic" else "right")
     for name, goal in report["target"].items():

@@ -22,7 +22,7 @@ from moesim.traces.cleaning import Cleaner
 from moesim.traces.errors import InputError
 from moesim.traces.formats import FORMATS, Format, ImportOptions, Recording, recognise
 from moesim.traces.spec import ModelSpec, StackSpec
-from moesim.traces.store import Trace
+from moesim.traces.store import Trace, first_problem
 from moesim.traces.tokens import LoadTable, TokenTable
 from moesim.traces.writer import TraceWriter
 
@@ -61,6 +61,9 @@ def import_recording(
     }
     with TraceWriter(out, spec, provenance, kind=recording.kind, overwrite=overwrite) as writer:
         for part in cleaner.clean(recording.parts):
+            # What a reader missed ends here: nothing that breaks a rule of traces is written.
+            if problem := first_problem(part, spec, len(recording.requests)):
+                raise InputError(f"{path}: {problem}")
             writer.append(stack, part)
             if progress:
                 progress(cleaner.found.rows, None)

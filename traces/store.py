@@ -169,10 +169,9 @@ class Trace:
                 raise self._damaged(shard, f"has {size} bytes, the manifest says {shard.bytes}")
             if digest != shard.sha256:
                 raise self._damaged(shard, "its content has changed since it was written (SHA-256 differs)")
-            if self.kind == "loads":
-                self._check_loads(shard, self._loads(shard))
-            else:
-                self._check_tokens(shard, self._tokens(shard))
+            table = self._loads(shard) if self.kind == "loads" else self._tokens(shard)
+            if problem := first_problem(table, self.spec, len(self.request_texts)):
+                raise self._damaged(shard, problem)
             yield shard
 
     def _shards_of(self, stack: str) -> list[Shard]:
@@ -220,36 +219,29 @@ class Trace:
         if found != expected:
             raise self._damaged(shard, f"its shape is {list(found)}, the manifest says {list(expected)}")
 
-    def _check_tokens(self, shard: Shard, table: TokenTable) -> None:
-        E, V = self.spec.num_experts, self.spec.vocab_size or 1 << 31
-        negative = any((column < 0).any() for column in (table.request, table.position, table.step))
-        R = len(self.request_texts) or 1 << 31  # where the recording did not name texts, any request goes
+    def _damaged(self, shard: Shard, what: str) -> TraceError:
+        return TraceError(f"{self.path / shard.name}: {what}; restore the file or record the trace again")
+
+
+def first_problem(table: TokenTable | LoadTable, spec: ModelSpec, requests: int) -> str | None:
+    """What breaks a rule of traces in these rows, in words; None where nothing does. `requests` is the number of
+    requests whose text is named, 0 where none is."""
+    rules: dict[str, Any] = {f"a phase is not one of 0..{len(Phase) - 1}": (table.phase >= len(Phase)).any()}
+    if isinstance(table, LoadTable):
+        rules["a load or step is negative"] = (table.load < 0).any() or (table.step < 0).any()
+    else:
+        E, V, R = spec.num_experts, spec.vocab_size or 1 << 31, requests or 1 << 31
         weights, tokens, ahead = table.topk_weights, table.token_id, table.lookahead_ids
-        rules = {
+        negative = any((column < 0).any() for column in (table.request, table.position, table.step))
+        rules |= {
             f"an expert id is not below {E}": (table.topk_ids >= E).any() or table.topk_ids.dtype != id_dtype(E),
             "a gate weight is not a finite number": weights is not None and not np.isfinite(weights).all(),
             f"a token id is outside 0..{V - 1}": tokens is not None and ((tokens < 0) | (tokens >= V)).any(),
             "a request, position or step is negative": negative,
             f"a request is not below {R}": (table.request >= R).any(),
-            f"a phase is not one of 0..{len(Phase) - 1}": (table.phase >= len(Phase)).any(),
             f"a lookahead id is not below {E}": ahead is not None and (ahead >= E).any(),
         }
-        self._first_broken(shard, rules)
-
-    def _check_loads(self, shard: Shard, table: LoadTable) -> None:
-        rules = {
-            "a load or step is negative": (table.load < 0).any() or (table.step < 0).any(),
-            f"a phase is not one of 0..{len(Phase) - 1}": (table.phase >= len(Phase)).any(),
-        }
-        self._first_broken(shard, rules)
-
-    def _first_broken(self, shard: Shard, rules: dict[str, Any]) -> None:
-        for problem, found in rules.items():
-            if found:
-                raise self._damaged(shard, problem)
-
-    def _damaged(self, shard: Shard, what: str) -> TraceError:
-        return TraceError(f"{self.path / shard.name}: {what}; restore the file or record the trace again")
+    return next((problem for problem, found in rules.items() if found), None)
 
 
 def _list(manifest: dict[str, Any], key: str) -> list[Any]:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.traces.errors import InputError
-from moesim.traces.statistics import layer_stats, overlaps, window_loads
+from moesim.traces.overlap import OverlapSummary
+from moesim.traces.statistics import LoadSummary
 from moesim.traces.synthetic import Knobs, Shape, domains_of_requests, generate
 from moesim.traces.tokens import TokenTable, concat, load_LE
 
@@ -59,18 +60,22 @@ def measure(table: TokenTable, experts: int, window_tokens: int, domain_R: Seque
     one. Raises InputError where the table is empty."""
     if not len(table):
         raise InputError("there are no tokens to measure")
-    layers = layer_stats(window_loads(table, experts, window_tokens))
+    _, L, K = table.topk_ids.shape
+    loads, between = LoadSummary(L, experts, K, window=window_tokens), OverlapSummary(L, experts)
+    loads.add(table)
+    between.add(table)
+    layers = loads.finish()
     drifts = [layer.drift for layer in layers if layer.drift is not None]
     try:
-        between = overlaps(table, experts)
+        overlaps = between.finish()
     except InputError:
-        between = []  # no two tokens of a request are neighbours
-    guessed = [o.next_layer for o in between if o.next_layer is not None]
+        overlaps = []  # no two tokens of a request are neighbours
+    guessed = [o.next_layer for o in overlaps if o.next_layer is not None]
     return Statistics(
         skew=tuple(layer.max_over_mean for layer in layers),
         drift=_mean(drifts),
         next_layer=_mean(guessed),
-        adjacent=_mean([o.adjacent_tokens for o in between]),
+        adjacent=_mean([o.adjacent_tokens for o in overlaps]),
         domain=None if domain_R is None else _domain_distance(table, experts, np.asarray(domain_R)),
     )
 

@@ -17,7 +17,7 @@ SURFACE = {
     "record": "--model --text --dataset --dataset-split --dataset-column --dataset-revision --dataset-documents --out "
     "--device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate --lookahead --force --json",
     "trace info": "--json",
-    "trace stats": "--stack --window-tokens --gpus --picture --json",
+    "trace stats": "--stack --window-tokens --gpus --top --picture --per-window --json",
     "trace verify": "--json",
     "trace import": "--out --format --model --experts --layers --top-k --phase --stack --physical-map --keep-warmup "
     "--force --json",

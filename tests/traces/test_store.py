@@ -270,6 +270,6 @@ def test_stats_prints_draws_and_speaks_json(trace, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     told = json.loads(run(main, ["trace", "stats", str(trace.path), "--json", "--gpus", "4"]).output)["encoder"]
     assert told["tokens"] == 512 and len(told["layers"]) == 3
-    assert 0.25 <= told["layers"][0]["balancedness"]["4"][0] <= 1
+    assert 0.25 <= told["layers"][0]["balancedness"]["4"]["sglang"] <= 1
     wrong = run(main, ["trace", "stats", str(trace.path), "--gpus", "a few"])
     assert wrong.exit_code == 2 and "whole numbers with commas" in wrong.stderr

@@ -20,6 +20,7 @@ from moesim.traces.tokens import LoadTable, TokenTable, load_LE
 
 Counts = NDArray[np.int64]
 MOST_COUNT = 1 << 53
+MOST_EXPERTS = 65_535
 PART_BYTES = 1 << 25
 """Of loads that are yielded at once, about."""
 
@@ -59,7 +60,7 @@ def recording_of(
     _, L, E = first.shape
     if not L or not E:
         raise InputError(f"{path}: has {L} layers and {E} experts")
-    if E > 65_535 or options.experts not in (None, E):
+    if E > MOST_EXPERTS or options.experts not in (None, E):
         raise InputError(f"{path}: counts {E} experts, --experts says {options.experts or 'at most 65535'}")
     known = options.spec.top_k if options.spec else options.top_k or top_k
     if known is None:
@@ -94,6 +95,8 @@ def _tables(path: Path, parts: Iterator[Counts], shape: tuple[int, int], options
 
 def logical(count_P: Counts, physical_P: Counts, experts: int, what: str) -> Counts:
     """[E] counts of physical experts summed to logical ones. Raises InputError where the map does not fit."""
+    if experts > MOST_EXPERTS:
+        raise InputError(f"{what}: the map names expert {experts - 1}, which no model has")
     if len(physical_P) != len(count_P):
         raise InputError(f"{what}: the map names {len(physical_P)} physical experts, there are {len(count_P)} counts")
     if len(physical_P) and not 0 <= int(physical_P.min()) <= int(physical_P.max()) < experts:

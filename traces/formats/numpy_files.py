@@ -65,7 +65,7 @@ def open_npz(path: Path) -> dict[str, Array]:
                 raise InputError(f"{path}: unpacks to more than {MOST_UNPACKED >> 30} GiB or {MOST_MEMBERS} arrays")
             return {m.filename.removesuffix(".npy"): _member(archive, m, path) for m in members}
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: not a sound .npz file ({error})") from None
+        raise InputError(f"{path}: not a sound .npz file ({str(error)[:80]})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -1,17 +1,13 @@
 """Every foreign format, as its system writes it: recognised, and the arrays that must come out."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import samples
-from moesim.traces import InputError, LoadTable, Phase, concat, concat_loads, total_load_LE
+from moesim.traces import InputError, Phase, concat, concat_loads, total_load_LE
 from moesim.traces.formats import FORMATS, ImportOptions, recognise
-from moesim.traces.importing import import_recording
 from samples import IDS, PAIRS, STEPS, TOKENS, TOTAL, WEIGHTS, E, K, L, T
 
-SHARED = Path(__file__).parents[3].parent / "shared/data/esft_deepseek_v2_lite"
 KNOWN = ImportOptions(experts=E, top_k=K, layers=L)
 
 
@@ -158,13 +154,3 @@ def test_what_is_missing_is_asked_for(tmp_path):
         FORMATS["esft"].read(path, ImportOptions())
     recording = FORMATS["moe-infinity"].read(samples.moe_infinity(tmp_path), ImportOptions())
     assert recording.top_k == 1 and recording.notes["top_k"].startswith("not known, taken as 1")
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared recordings are not here")
-@pytest.mark.parametrize(("task", "skew"), [("intent", 3.81), ("law", 3.52), ("summary", 4.28), ("translation", 5.62)])
-def test_published_recordings_have_their_published_skew(task, skew, tmp_path):
-    """Max/mean over the whole task, average of the layers, as published with the data."""
-    trace = import_recording(SHARED / f"{task}.npz", tmp_path / "t.moetrace")
-    load = total_load_LE(trace.table("decoder"), 64)
-    assert isinstance(trace.rows("decoder"), LoadTable) is False
-    assert (load.max(axis=1) / load.mean(axis=1)).mean() == pytest.approx(skew, abs=0.005)

@@ -158,9 +158,8 @@ def test_ragged_layers(tmp_path):
 )
 def test_json_lines(tmp_path, record, message):
     rows = [{"req_id": "a", "token_idx": 0, "layer": i, "topk_ids": [1, 2], "topk_weights": [0.5, 0.5]} for i in (0, 1)]
-    for row in rows if "token_idx" in record else rows[1:]:
-        row |= record
-    refuse("jsonl", samples.lines(tmp_path / "x.jsonl", [{"meta": 1, "layers": [0, 1]}, *rows]), message)
+    changed = [row | record if "token_idx" in record or row["layer"] else row for row in rows]
+    refuse("jsonl", samples.lines(tmp_path / "x.jsonl", [{"meta": 1, "layers": [0, 1]}, *changed]), message)
 
 
 def test_a_token_without_all_layers_is_named(tmp_path):
