@@ -142,7 +142,7 @@ def summarise(
     if between is None:
         return StackStats(loads=loads, layers=found, overlaps=[], no_overlaps=NO_TOKENS)
     try:
-        return StackStats(loads=loads, layers=found, overlaps=between.finish(), no_overlaps="")
+        return StackStats(loads=loads, layers=found, overlaps=between.finish(loads.total_LE), no_overlaps="")
     except InputError:
         return StackStats(loads=loads, layers=found, overlaps=[], no_overlaps=NOT_ADJACENT)
 

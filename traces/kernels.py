@@ -38,12 +38,15 @@ def follow(ids_TLK: Any, follows_T: Any, half_T: Any, last_LE: Any, base: int, s
     followed = 0
     for t in range(T):
         followed += follows_T[t]
+        # No row has a negative number, so what does not follow overlaps with nothing.
+        before = base + t - 1 if follows_T[t] else -1
         for layer in range(L):
+            same = 0
             for k in range(K):
                 expert = ids_TLK[t, layer, k]
-                if follows_T[t] and last_LE[layer, expert] == base + t - 1:
-                    same_L[layer] += 1
+                same += last_LE[layer, expert] == before
                 last_LE[layer, expert] = base + t
+            same_L[layer] += same
         for layer in range(L - 1):
             pairs_2LEE[half_T[t], layer, ids_TLK[t, layer, 0], ids_TLK[t, layer + 1, 0]] += 1
     return followed

@@ -35,11 +35,11 @@ class Overlap:
 
 
 class OverlapSummary:
-    """Takes tokens in parts; `finish` gives the overlaps of every layer. Memory: 16 L E^2 bytes for pairs of layers."""
+    """Takes tokens in parts; `finish` gives the overlaps of every layer. Memory: 8 L E^2 bytes for pairs of layers."""
 
     def __init__(self, layers: int, experts: int) -> None:
-        self._load_LE = np.zeros((layers, experts), np.int64)
-        self._pairs = np.zeros((2, layers - 1, experts, experts), np.int64)
+        # 32 bits: half the memory that random increments touch, and enough for 4 billion tokens.
+        self._pairs = np.zeros((2, layers - 1, experts, experts), np.uint32)
         self._same_L = np.zeros(layers, np.int64)
         self._last_LE = np.full((layers, experts), -2, np.int64)
         self._followed = self._tokens = self._top_k = 0
@@ -47,7 +47,7 @@ class OverlapSummary:
 
     def add(self, part: TokenTable) -> None:
         """The next tokens of the recording."""
-        from moesim.traces.kernels import count, follow
+        from moesim.traces.kernels import follow  # compiled: only who counts pays for it
 
         if not len(part):
             return
@@ -58,17 +58,17 @@ class OverlapSummary:
         begins_T = np.append(True, part.request[1:] != part.request[:-1])
         follows_T = np.append(False, ~begins_T[1:] & (np.diff(part.position) == 1))
         half_T = held_out(part.request).astype(np.int64)
-        count(ids, self._load_LE)
         self._followed += follow(ids, follows_T, half_T, self._last_LE, self._tokens, self._same_L, self._pairs)
         self._join(part, ids, np.flatnonzero(begins_T))
         self._tokens += len(part)
         self._top_k = ids.shape[2]
 
-    def finish(self) -> list[Overlap]:
-        """The overlaps of every layer. Raises InputError where no two tokens are adjacent."""
+    def finish(self, load_LE: NDArray[np.integer]) -> list[Overlap]:
+        """The overlaps of every layer; `load_LE` is the load of the recording, for what chance would give. Raises
+        InputError where no two tokens are adjacent."""
         if not self._followed:
             raise InputError("no two tokens of a request are adjacent: there is no overlap to measure")
-        return [self._layer(layer) for layer in range(len(self._load_LE))]
+        return [self._layer(layer, load_E / load_E.sum()) for layer, load_E in enumerate(load_LE)]
 
     def _join(self, part: TokenTable, ids: NDArray[np.integer], first_R: NDArray[np.intp]) -> None:
         """Compare each request's first token here with its last one before, and remember its last one here."""
@@ -83,19 +83,19 @@ class OverlapSummary:
         while len(self._open) > MOST_OPEN:
             self._open.pop(next(iter(self._open)))
 
-    def _layer(self, layer: int) -> Overlap:
-        share_E = self._load_LE[layer] / self._tokens
-        ahead = (None, None) if layer + 1 == len(self._load_LE) else _follower_accuracy(*self._pairs[:, layer])
+    def _layer(self, layer: int, share_E: NDArray[np.float64]) -> Overlap:
+        """A token has K experts: one of the next token's is among them with probability K x share, about."""
+        ahead = (None, None) if layer == self._pairs.shape[1] else _follower_accuracy(*self._pairs[:, layer])
         return Overlap(
             layer=layer,
             adjacent_tokens=float(self._same_L[layer] / (self._followed * self._top_k)),
-            adjacent_chance=float((share_E**2).sum() / self._top_k),
+            adjacent_chance=float((share_E**2).sum() * self._top_k),
             next_layer=ahead[0],
             next_layer_chance=ahead[1],
         )
 
 
-def _follower_accuracy(fit_EE: NDArray[np.int64], score_EE: NDArray[np.int64]) -> tuple[float | None, float | None]:
+def _follower_accuracy(fit_EE: NDArray[np.uint32], score_EE: NDArray[np.uint32]) -> tuple[float | None, float | None]:
     """(accuracy of the most frequent follower, of the most frequent expert), fitted and scored on other requests."""
     scored = int(score_EE.sum())
     if not fit_EE.any() or not scored:

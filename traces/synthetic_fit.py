@@ -67,7 +67,7 @@ def measure(table: TokenTable, experts: int, window_tokens: int, domain_R: Seque
     layers = loads.finish()
     drifts = [layer.drift for layer in layers if layer.drift is not None]
     try:
-        overlaps = between.finish()
+        overlaps = between.finish(loads.total_LE)
     except InputError:
         overlaps = []  # no two tokens of a request are neighbours
     guessed = [o.next_layer for o in overlaps if o.next_layer is not None]

@@ -170,7 +170,7 @@ def test_overlaps_of_a_stream(cuts, top_k, decode, seed):
     found = OverlapSummary(3, 8)
     for part in parts_of(table, cuts):
         found.add(part)
-    told = found.finish()
+    told = found.finish(load_LE(table.topk_ids, 8))
     for layer in (0, 1):
         adjacent, ahead = plain_overlaps(table, layer, 8)
         assert (told[layer].adjacent_tokens, told[layer].next_layer) == (pytest.approx(adjacent), pytest.approx(ahead))
@@ -180,8 +180,9 @@ def test_overlaps_of_a_stream(cuts, top_k, decode, seed):
 def test_overlap_tells_structure_from_chance():
     def of(noise):
         found = OverlapSummary(2, 8)
-        found.add(make_table(requests=40, noise=noise, layers=2))
-        return found.finish()[0]
+        table = make_table(requests=40, noise=noise, layers=2)
+        found.add(table)
+        return found.finish(load_LE(table.topk_ids, 8))[0]
 
     noisy, clear = of(1.0), of(0.05)
     assert noisy.next_layer == pytest.approx(noisy.next_layer_chance, abs=0.06)
@@ -202,7 +203,7 @@ def test_clear_errors():
     found = OverlapSummary(3, 8)
     found.add(TokenTable(**alone.arrays()))
     with pytest.raises(InputError, match="no two tokens of a request are adjacent"):
-        found.finish()
+        found.finish(np.ones((3, 8)))
 
 
 @pytest.mark.skipif(not ESFT.exists(), reason="the DeepSeek-V2-Lite recordings are not beside the project")
