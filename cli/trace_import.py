@@ -37,7 +37,7 @@ READABLE = [name for name, known in FORMATS.items() if known.read]
 @click.option(
     "--physical-map",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Physical to logical experts [L, P] (.npy, .json), for ids that are physical and come without it.",
+    help="Physical to logical experts [L, P] (.npy, .pt, .json), for ids that are physical and come without it.",
 )
 @click.option("--keep-warmup", is_flag=True, help="Keep rows that look like warm-up, profiling or padding.")
 @click.option("--force", is_flag=True, help="Replace an existing trace.")

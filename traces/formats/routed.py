@@ -18,9 +18,11 @@ from moesim.traces.errors import InputError
 from moesim.traces.formats.base import PART_TOKENS, ImportOptions, Recording
 from moesim.traces.formats.numpy_files import is_npy, open_npy
 from moesim.traces.formats.text_files import int_array, json_file
+from moesim.traces.formats.torch_files import array_of, is_torch, load_torch
 from moesim.traces.tokens import Phase, TokenTable, id_dtype
 
 Ints = NDArray[np.integer]
+MAP_NAMES = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,10 +132,13 @@ def apply_map(ids_TLK: Ints, physical_LP: Ints, where: str) -> Ints:
 
 
 def read_map(path: Path) -> NDArray[np.int64]:
-    """A physical-to-logical map [L, P] from a `.npy` or JSON file. Raises InputError naming the file."""
-    value = open_npy(path) if is_npy(path) else json_file(path)
+    """A physical-to-logical map [L, P] from a `.npy`, `.pt` or JSON file, bare or as a plan of SGLang has it. Raises
+    InputError naming the file."""
+    value = open_npy(path) if is_npy(path) else load_torch(path) if is_torch(path) else json_file(path)
     if isinstance(value, dict):
-        value = value.get("physical_to_logical_map")
+        value = next((value[name] for name in MAP_NAMES if name in value), None)
+    if is_torch(path):
+        value = array_of(value, f"{path}: the physical-to-logical map", 2)
     found = int_array(value, f"{path}: the physical-to-logical map", 2)
     if not found.size or found.min() < 0:
         raise InputError(f"{path}: the physical-to-logical map must be [L, P] of experts from 0")

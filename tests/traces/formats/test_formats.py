@@ -1,11 +1,14 @@
 """Every foreign format, as its system writes it: recognised, and the arrays that must come out."""
 
+import json
+
 import numpy as np
 import pytest
 
 import samples
 from moesim.traces import InputError, Phase, concat, concat_loads, total_load_LE
 from moesim.traces.formats import FORMATS, ImportOptions, recognise
+from moesim.traces.formats.routed import read_map
 from samples import IDS, PAIRS, STEPS, TOKENS, TOTAL, WEIGHTS, E, K, L, T
 
 KNOWN = ImportOptions(experts=E, top_k=K, layers=L)
@@ -136,6 +139,18 @@ def test_physical_ids_become_logical_ones_by_a_given_map(tmp_path):
     recording = FORMATS["vllm"].read(tmp_path / "ids.npy", options)
     assert (next(iter(recording.parts)).topk_ids == IDS).all()
     assert recording.notes["physical_ids"] == "made logical by map.npy"
+
+
+def test_maps_in_every_form(tmp_path):
+    import torch
+
+    tensor = torch.from_numpy(samples.MAP)
+    torch.save(tensor, tmp_path / "bare.pt")
+    torch.save({"physical_to_logical_map": tensor}, tmp_path / "plan.pt")
+    (tmp_path / "plan.json").write_text(json.dumps({"physical_to_logical_map": samples.MAP.tolist()}))
+    (tmp_path / "deepseek.json").write_text(json.dumps({"phy2log": samples.MAP.tolist()}))
+    for path in sorted(tmp_path.iterdir()):
+        assert (read_map(path) == samples.MAP).all()
 
 
 @pytest.mark.parametrize("sample", [samples.vllm_npy, samples.esft, samples.jsonl, samples.load_csv])
