@@ -42,7 +42,8 @@ def import_recording(
 ) -> Trace:
     """Write the recording at `path` (a file or folder) as the trace `out`, and open that.
 
-    `format` is recognised by content where it is None. Memory stays bounded by a shard, whatever the recording's size.
+    `format` is recognised by content where it is None. Memory stays bounded by a shard, whatever the recording's size,
+    but for formats whose files can only be read whole (`.pt` of SGLang, `.npz`): those need as much as they hold.
     Raises InputError where the recording is not readable or empty, contradicts `options`, or nothing is left of it;
     then `out` is as it was before, or holds the rows up to the damaged place.
     """

@@ -19,6 +19,8 @@ from moesim.traces.store import Trace
 COUNTED = ("layer_id", "expert_id", "count")
 CHOSEN = ("layer", "expert")
 MOST_LAYERS = 4096
+MOST_PAIRS = 1 << 22
+"""Layers x experts of one model; a few rows could name more than memory holds."""
 
 
 def recognise(path: Path) -> bool:
@@ -67,6 +69,8 @@ def _recording(path: Path, rows: Iterable[tuple[int, tuple[int, ...]]], options:
     experts = said or 1 + max(expert for _, expert in counted)
     if max(counted.values()) >= MOST_COUNT or max(expert for _, expert in counted) >= experts:
         raise InputError(f"{path}: an expert is not below {experts}, or a count beyond 2^53")
+    if len(layers) * experts > MOST_PAIRS:
+        raise InputError(f"{path}: {len(layers)} layers of {experts} experts, which no model has")
     load_LE = np.zeros((len(layers), experts), np.int64)
     for (layer, expert), count in counted.items():
         load_LE[layers.index(layer), expert] = count

@@ -95,11 +95,12 @@ def _tables(path: Path, parts: Iterator[Counts], shape: tuple[int, int], options
 
 def logical(count_P: Counts, physical_P: Counts, experts: int, what: str) -> Counts:
     """[E] counts of physical experts summed to logical ones. Raises InputError where the map does not fit."""
-    if experts > MOST_EXPERTS:
-        raise InputError(f"{what}: the map names expert {experts - 1}, which no model has")
     if len(physical_P) != len(count_P):
         raise InputError(f"{what}: the map names {len(physical_P)} physical experts, there are {len(count_P)} counts")
-    if len(physical_P) and not 0 <= int(physical_P.min()) <= int(physical_P.max()) < experts:
+    # Every expert has a copy; what a map names beyond that would also take memory that no file paid for.
+    if experts > len(physical_P):
+        raise InputError(f"{what}: the map has {len(physical_P)} physical experts for {experts} logical ones")
+    if not 0 <= int(physical_P.min()) <= int(physical_P.max()) < experts:
         raise InputError(f"{what}: the map names a logical expert outside 0..{experts - 1}")
     load_E = np.zeros(experts, np.int64)
     np.add.at(load_E, physical_P, count_P)

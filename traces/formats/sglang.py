@@ -52,6 +52,9 @@ def read(path: Path, options: ImportOptions) -> Recording:
         return _stat(path, contents, options)
     records = [(file, record) for file, content in contents for record in _records(file, content)]
     map_LP = _map(*contents[0])
+    for file, content in contents[1:]:
+        if not np.array_equal(_map(file, content), map_LP):
+            raise InputError(f"{file}: its map is not that of {contents[0][0].name}; import one recording at a time")
     if any("topk_ids_of_layer" in record for _, record in records):
         return sglang_tokens.read(path, records, map_LP, options)
     return _per_pass(path, records, map_LP, options)
@@ -106,15 +109,13 @@ def _stat(path: Path, contents: list[tuple[Path, Content]], options: ImportOptio
 
 def _per_pass(path: Path, records: list[tuple[Path, Content]], map_LP: Counts, options: ImportOptions) -> Recording:
     passes: dict[int, list[tuple[str, Counts]]] = {}
-    for file, record in records:
-        number = record.get("forward_pass_id")
-        if type(number) is not int:
-            raise InputError(f"{file}: a record lacks forward_pass_id")
-        where = f"{file}, pass {number}"
-        found = counts(_array(record.get("global_physical_count"), where), where, 2)
-        if found.shape != map_LP.shape:
-            raise InputError(f"{where}: counts {list(found.shape)}, the map is {list(map_LP.shape)}")
-        passes.setdefault(number, []).append((where, found))
+    for number, of_ranks in sglang_tokens.by_pass(records).items():
+        for file, record in of_ranks:
+            where = f"{file}, pass {number}"
+            found = counts(_array(record.get("global_physical_count"), where), where, 2)
+            if found.shape != map_LP.shape:
+                raise InputError(f"{where}: counts {list(found.shape)}, the map is {list(map_LP.shape)}")
+            passes.setdefault(number, []).append((where, found))
     if not passes:
         raise InputError(f"{path}: has no record")
     notes: dict[str, Any] = {"physical_ids": "made logical by last_physical_to_logical_map"}
@@ -126,7 +127,7 @@ def _per_pass(path: Path, records: list[tuple[Path, Content]], map_LP: Counts, o
     experts = options.spec.num_experts if options.spec else options.experts or int(map_LP.max()) + 1
     load_NLE = np.stack([
         _logical_layers(found[0][1] if same else np.sum([a for _, a in found], axis=0), map_LP, experts, found[0][0])
-        for _, found in sorted(passes.items())
+        for found in passes.values()
     ])  # fmt: skip
     return _without_empty(path, load_NLE, options, notes)
 

@@ -2,8 +2,9 @@
 
 A record is one pass on one rank: `topk_ids_of_layer` int32 [L, T, 8], physical ids, -1 where a layer is dense, a column
 is beyond K, or a row is padding. Ranks of data parallelism hold different tokens; ranks that repeat them count once.
-No record names its requests: in an extend pass `extend_seq_lens` cuts them, a chunk or a decode step goes on with the
-oldest request that waits for its position.
+No record names its requests: `extend_seq_lens` cuts a pass into them, or where that is missing (verification of drafts)
+every break in the positions; in a decode pass each token is one request's. A piece that begins at position n > 0 goes
+on with the oldest request whose tokens so far end at n - 1, else it begins a request (its prefix came from the cache).
 """
 
 from __future__ import annotations
@@ -30,12 +31,7 @@ Records = list[tuple[Path, dict[str, Any]]]
 
 def read(path: Path, records: Records, map_LP: Counts, options: ImportOptions) -> Recording:
     """Passes in order, in each the ranks. Raises InputError where records lack something or contradict each other."""
-    passes: dict[int, Records] = {}
-    for file, record in records:
-        number = record.get("forward_pass_id")
-        if type(number) is not int:
-            raise InputError(f"{file}: a record lacks forward_pass_id")
-        passes.setdefault(number, []).append((file, record))
+    passes = by_pass(records)
     used_L, used_K = _used(records, map_LP)
     if not used_L.any():
         raise InputError(f"{path}: no token chose an expert")
@@ -50,6 +46,23 @@ def read(path: Path, records: Records, map_LP: Counts, options: ImportOptions) -
         return _pieces(passes, used_L, used_K, map_LP, known.notes)
 
     return recording_of(path, pieces, options, known)
+
+
+def by_pass(records: Records) -> dict[int, Records]:
+    """Number of the pass to its records, one a rank, in order of pass. Raises InputError: a record without a number, or
+    two of one rank (recordings of several servers in one folder, which must not be summed)."""
+    passes: dict[int, Records] = {}
+    ranks: set[tuple[int, str, str]] = set()
+    for file, record in records:
+        number = record.get("forward_pass_id")
+        if type(number) is not int:
+            raise InputError(f"{file}: a record lacks forward_pass_id")
+        rank = number, str(record.get("rank"))[:80], str(record.get("gatherer_key"))[:80]
+        if rank in ranks:
+            raise InputError(f"{file}: pass {number} of rank {rank[1]} is there twice; import one recording at a time")
+        ranks.add(rank)
+        passes.setdefault(number, []).append((file, record))
+    return dict(sorted(passes.items()))
 
 
 def _used(records: Records, map_LP: Counts) -> tuple[NDArray[np.bool_], int]:
@@ -70,8 +83,8 @@ def _pieces(
 ) -> Iterator[Piece]:
     requests = _Requests()
     padding = repeated = 0
-    for step, (number, of_ranks) in enumerate(sorted(passes.items())):
-        seen: list[Ints] = []
+    for step, (number, of_ranks) in enumerate(passes.items()):
+        seen: list[tuple[Ints, Ints, Ints]] = []
         for file, record in of_ranks:
             where = f"{file}, pass {number}"
             token_id, position = _column(record, "input_ids", where), _column(record, "positions", where)
@@ -81,12 +94,14 @@ def _pieces(
             padding += len(token_id) - int(real_T.sum())
             if len(position) != len(token_id) or len(raw) != len(token_id):
                 raise InputError(f"{where}: input_ids, positions and topk_ids_of_layer differ in length")
-            if any(np.array_equal(raw, other) for other in seen) and len(raw):
+            columns = token_id, position, raw
+            if len(raw) and any(all(map(np.array_equal, columns, other)) for other in seen):
                 repeated += 1
                 continue
-            seen.append(raw)
-            decode = record.get("forward_mode") == DECODE
-            request = requests.of(position, None if decode else _lengths(record, where, len(token_id)))
+            seen.append(columns)
+            mode = record.get("forward_mode")
+            decode = type(mode) is int and mode == DECODE
+            request = requests.of(position, [1] * len(position) if decode else _lengths(record, where, position))
             if real_T.any():
                 yield Piece(
                     where=where,
@@ -108,15 +123,13 @@ class _Requests:
         self._count = 0
         self._waiting: dict[int, list[int]] = {}  # next position to the requests that wait for it, oldest first
 
-    def of(self, position_T: Ints, lengths: list[int] | None) -> NDArray[np.int64]:
-        """[T] request of each token of a pass; `lengths` cuts the pass into requests, None: one token each."""
+    def of(self, position_T: Ints, lengths: list[int]) -> NDArray[np.int64]:
+        """[T] request of each token of a pass that `lengths` cuts into requests."""
         request_T = np.empty(len(position_T), np.int64)
         at = 0
-        for length in lengths if lengths is not None else [1] * len(position_T):
-            if length:
-                first, last = int(position_T[at]), int(position_T[at + length - 1])
-                request_T[at : at + length] = self._next(first, last)
-                at += length
+        for length in filter(None, lengths):
+            request_T[at : at + length] = self._next(int(position_T[at]), int(position_T[at + length - 1]))
+            at += length
         return request_T
 
     def _next(self, first: int, last: int) -> int:
@@ -142,11 +155,13 @@ def _column(record: dict[str, Any], name: str, where: str) -> NDArray[np.int64]:
     return found.astype(np.int64)
 
 
-def _lengths(record: dict[str, Any], where: str, tokens: int) -> list[int]:
-    raw = record.get("extend_seq_lens")
-    if raw is None:
-        return [tokens]
-    lengths = [int(n) for n in array_of(raw, f"{where}: extend_seq_lens", 1)]
-    if min(lengths, default=0) < 0 or sum(lengths) > tokens:
-        raise InputError(f"{where}: extend_seq_lens sum to {sum(lengths)} for {tokens} tokens")
-    return [*lengths, tokens - sum(lengths)]
+def _lengths(record: dict[str, Any], where: str, position_T: Ints) -> list[int]:
+    """Tokens of each request of a pass; what they leave over, mostly padding, is one more."""
+    T = len(position_T)
+    if record.get("extend_seq_lens") is None:
+        cuts = np.flatnonzero(np.diff(position_T) != 1) + 1
+        return [int(length) for length in np.diff([0, *cuts.tolist(), T])]
+    lengths = _column(record, "extend_seq_lens", where).tolist()
+    if sum(lengths) > T:
+        raise InputError(f"{where}: extend_seq_lens sum to {sum(lengths)} for {T} tokens")
+    return [*lengths, T - sum(lengths)]

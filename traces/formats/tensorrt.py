@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,13 +65,18 @@ def write(trace: Trace, stack: str, path: Path) -> None:
         for step, load in enumerate(step_loads(trace, stack))
         for i, layer in enumerate(layers)
     }
+    meta = {"num_experts": spec.num_experts, "num_experts_per_token": spec.top_k}
+    temporary = path.with_name(path.name + ".partial")
     try:
-        path.mkdir(parents=True)
-        save_file(tensors, path / "rank0.safetensors")
-        meta = {"num_experts": spec.num_experts, "num_experts_per_token": spec.top_k}
-        (path / META).write_text(json.dumps(meta), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        temporary.mkdir(parents=True)  # fails where somebody else's is there, so that only our own is removed
+        try:
+            save_file(tensors, temporary / "rank0.safetensors")
+            (temporary / META).write_text(json.dumps(meta), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({str(error)[:80]})") from None
 
 
 def _ranks(path: Path) -> list[Path]:

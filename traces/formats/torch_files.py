@@ -1,13 +1,16 @@
 """Torch files that nobody vouches for: tensors, numbers, texts, lists and dicts; nothing is unpickled beyond those.
 
-`torch.load(weights_only=True)` refuses every other object before it is made. What the zip container promises is checked
-first. Torch is imported when a file is read or written.
+What the zip container promises and which names its pickle calls is checked first, then `torch.load(weights_only=True)`
+refuses what is left. Torch is imported when a file is read or written.
 """
 
 from __future__ import annotations
 
 import io
+import pickletools
+import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,16 @@ from moesim.traces.formats.text_files import replacing
 
 MOST_UNPACKED = 1 << 33
 MOST_MEMBERS = 1 << 18
+MOST_REPEATED = 1 << 24
+"""Numbers of a tensor that repeats a smaller storage (`expand`)."""
+ZIP_MAGIC = b"PK\x03\x04"
+PLAIN = re.compile(
+    r"torch\._utils (_rebuild_tensor_v2|_rebuild_tensor_v3|_rebuild_parameter)|torch (\w+Storage|u?int\d+|Size)"
+    r"|torch\.storage UntypedStorage|collections OrderedDict",
+    re.ASCII,
+)
+"""Names that tensors, numbers, texts, lists and dicts need. `weights_only` lets `bytearray(n)` and `Tensor(n)` pass,
+too, and a file of 1 KB takes any amount of memory with them."""
 
 
 def is_torch(path: Path) -> bool:
@@ -50,17 +63,14 @@ def array_of(value: Any, what: str, ndim: int) -> NDArray[Any]:
     import torch
 
     if isinstance(value, list | tuple):
-        try:
-            value = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise InputError(f"{what}: must be a tensor of numbers") from None
+        return _array_of_list(value, what, ndim)
     if not isinstance(value, torch.Tensor) or value.ndim != ndim or value.is_complex() or value.is_quantized:
         raise InputError(f"{what}: must be a tensor of numbers in {ndim} dimensions")
     try:
         # Strides come from the file: what they reach was checked by torch, what they multiply to was not.
-        if value.numel() > value.untyped_storage().nbytes():
+        if value.numel() > max(value.untyped_storage().nbytes(), MOST_REPEATED):
             raise InputError(f"{what}: promises {value.numel():,} numbers and holds fewer")
-        value = value.to_dense() if value.is_sparse else value
+        value = value.detach()
         return np.asarray(value.float() if value.dtype == torch.bfloat16 else value)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise InputError(f"{what}: cannot be read ({str(error)[:80]})") from None
@@ -83,15 +93,44 @@ def save_torch(value: Any, path: Path) -> None:
         file.write(buffer.getvalue())
 
 
-def _check_container(path: Path) -> None:
+def _array_of_list(value: Any, what: str, ndim: int) -> NDArray[Any]:
     try:
+        array = np.array(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(f"{what}: ragged, or not numbers") from None
+    if array.ndim != ndim or array.dtype.kind not in "iuf":
+        raise InputError(f"{what}: must be numbers in {ndim} dimensions")
+    return array if array.size else array.astype(np.int64)  # an empty list has no dtype of its own
+
+
+def _check_container(path: Path) -> None:
+    """Raises InputError where the zip promises more than it holds, or its pickle calls more than plain data needs."""
+    try:
+        with path.open("rb") as file:
+            begins_as_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC  # else torch reads it as a bare pickle
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            # Torch stores its members without compression; anything else is not its own.
+            size = path.stat().st_size
+            if len(members) > MOST_MEMBERS or sum(m.file_size for m in members) > min(MOST_UNPACKED, size):
+                raise InputError(f"{path}: promises more than it holds; not a file that torch has written")
+            pickles = [archive.read(member) for member in members if member.filename.endswith("/data.pkl")]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        raise InputError(f"{path}: not a torch file in zip form (torch 1.6 and later)") from None
-    # Torch stores its members without compression; anything else is not its own.
-    size = path.stat().st_size
-    if len(members) > MOST_MEMBERS or sum(m.file_size for m in members) > min(MOST_UNPACKED, 2 * size):
-        raise InputError(f"{path}: promises more than it holds; not a file that torch has written")
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError):
+        raise InputError(f"{path}: not a torch file in zip form (torch 1.6 and later), or damaged") from None
+    if not begins_as_zip:
+        raise InputError(f"{path}: not a torch file in zip form (torch 1.6 and later), or damaged")
+    for data in pickles:
+        _check_names(data, path)
+
+
+def _check_names(data: bytes, path: Path) -> None:
+    try:
+        for opcode, name, _ in pickletools.genops(data):
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not PLAIN.fullmatch(str(name)):
+                raise InputError(
+                    f"{path}: not a sound torch file, or it holds more than plain data ({str(name)[:80]!r})"
+                )
+    except (ValueError, IndexError, OverflowError):
+        raise InputError(f"{path}: not a sound torch file (its pickle is damaged)") from None
