@@ -28,6 +28,7 @@ from moesim.sim.profile import HardwareProfile, Link, Links
 from moesim.sim.residency import Transfer
 from moesim.sim.results import PHASES, Result, StepRecord
 from moesim.sim.scenario import Scenario, StepInput, rank_counts
+from moesim.sim.station import Station
 from moesim.traces import InputError
 
 DEMAND, PREFETCH = 0, 1
@@ -208,8 +209,8 @@ class _Copies:
     log: Log
     moved_bytes: int = 0
     hidden_bytes: int = 0
-    _out_G: list[Any] = field(init=False)
-    _in_G: list[Any] = field(init=False)
+    _out_G: list[Station] = field(init=False)
+    _in_G: list[Station] = field(init=False)
     _link: Link = field(init=False)
     _started: int = 0
     _pending: dict[int, Transfer] = field(default_factory=dict)
@@ -219,11 +220,12 @@ class _Copies:
     def __post_init__(self) -> None:
         shared = self.links.host.shared_by if self.links.p2p is None else 1
         self._link = self.links.p2p or self.links.host.link
-        queues = [simpy.PriorityResource(self.env) for _ in range(-(-self.gpus // shared))]
+        name = "host root" if self.links.p2p is None else "out of GPU"
+        queues = [Station(self.env, f"{name} {i}") for i in range(-(-self.gpus // shared))]
         self._out_G = [queues[gpu // shared] for gpu in range(self.gpus)]
         # Through the host a copy occupies the roots of both GPUs, which may be the same one.
         one_way = self.links.p2p is not None
-        self._in_G = [simpy.PriorityResource(self.env) for _ in range(self.gpus)] if one_way else self._out_G
+        self._in_G = [Station(self.env, f"into GPU {i}") for i in range(self.gpus)] if one_way else self._out_G
 
     def start(self, moves: Iterable[Transfer]) -> list[Any]:
         """Issue the transfers that the driver has begun; returns the processes of the blocking ones."""
@@ -249,13 +251,11 @@ class _Copies:
     def _copy(self, number: int, t: Transfer) -> Steps:
         held = []
         for link in self._path(t):
-            request = link.request(priority=DEMAND if t.blocking else PREFETCH)
-            yield request
-            held.append((link, request))
+            held.append((yield from link.enter(DEMAND if t.blocking else PREFETCH)))
         self.log("transfer begins", number=number)
         yield self.env.timeout(self._link.seconds(self.expert_bytes))
-        for link, request in held:
-            link.release(request)
+        for visit in held:
+            visit.leave()
         del self._pending[number]
         useful = number not in self._late and self.driver.residency.holds(t)
         self._late.discard(number)
@@ -264,7 +264,7 @@ class _Copies:
         self.driver.arrived(t)
         self.log("transfer ends", number=number)
 
-    def _path(self, t: Transfer) -> list[Any]:
+    def _path(self, t: Transfer) -> list[Station]:
         first, second = self._out_G[t.source], self._in_G[t.target]
         if self.links.p2p is not None:
             return [first, second]
