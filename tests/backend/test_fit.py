@@ -7,8 +7,10 @@ from helpers import make_spec
 from moesim.backend.fit import Compute, fit_gpu, fit_link, relative_error
 from moesim.sim.cost import RankTokens, attention_seconds, expert_seconds
 from moesim.sim.profile import Attention, Gpu
+from moesim.traces import Widths
 
 DTYPE = "float32"
+WIDTHS = Widths(d_model=256, d_ff=512, num_heads=2, d_kv=8, kv_width=32, gated=False, dense_d_ff=512)
 
 
 def device(**changes):
@@ -48,7 +50,7 @@ def samples(gpu, spec, noise=0.0):
 
 
 def test_exact_samples_give_the_device_back():
-    spec, gpu = make_spec(d_model=256, d_ff=512), device()
+    spec, gpu = make_spec(widths=WIDTHS), device()
     found = samples(gpu, spec)
     fitted = fit_gpu(found, spec, spec.stack("encoder"), DTYPE)
     assert max(relative_error(fitted, found, spec, spec.stack("encoder"), DTYPE).values()) < 0.01
@@ -59,7 +61,7 @@ def test_exact_samples_give_the_device_back():
 
 
 def test_noise_moves_the_fit_little():
-    spec, gpu = make_spec(d_model=256, d_ff=512), device()
+    spec, gpu = make_spec(widths=WIDTHS), device()
     clean, noisy = samples(gpu, spec), samples(gpu, spec, noise=0.1)
     fitted = fit_gpu(noisy, spec, spec.stack("encoder"), DTYPE)
     assert max(relative_error(fitted, clean, spec, spec.stack("encoder"), DTYPE).values()) < 0.1
