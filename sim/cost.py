@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.sim.dispatch import Ints
-from moesim.sim.profile import Gpu, Link
+from moesim.sim.profile import Gpu, HardwareProfile
 from moesim.traces import ModelSpec, Phase, StackSpec, StepTokens
 from moesim.traces.spec import DTYPE_BYTES
 
@@ -104,14 +104,27 @@ def attention_seconds(ranks: RankTokens, stack: StackSpec, gpu: Gpu, spec: Model
     return moe_G + np.array(dense_layers_before(stack))[:, None] * dense_G
 
 
-def all_to_all_seconds(send_GG: Ints, link: Link, spec: ModelSpec, dtype: str) -> float:
+def all_to_all_seconds(send_GG: Ints, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> float:
     """One all-to-all: latency + the most bytes that a GPU sends or receives / bandwidth; nothing on one GPU.
 
-    `send_GG` [from, to] hidden vectors; what stays on its GPU is not sent. A token whose K experts share a GPU is sent
-    K times, as moesim's own executor does. The collective synchronises, so it costs its latency even when empty.
+    `send_GG` [from, to] hidden vectors; what stays on its GPU is not sent. With several nodes, what crosses them goes
+    through each GPU's network adapter at the same time as the rest goes inside the nodes; the slower part counts. A
+    token whose K experts share a GPU is sent K times, as moesim's own executor does. The collective synchronises, so it
+    costs its latency even when empty.
     """
-    if len(send_GG) == 1:
+    G = len(send_GG)
+    if G == 1:
         return 0.0
-    away_GG = send_GG - np.diag(np.diag(send_GG))
-    most = max(int(away_GG.sum(axis=0).max()), int(away_GG.sum(axis=1).max()))
-    return link.seconds(most * spec.sized().d_model * DTYPE_BYTES[dtype])
+    vector = spec.sized().d_model * DTYPE_BYTES[dtype]
+    node_G = np.arange(G) // profile.node_size
+    near_GG = (node_G[:, None] == node_G[None, :]) & ~np.eye(G, dtype=np.bool_)
+    near_s = profile.links.all_to_all.seconds(_busiest(np.where(near_GG, send_GG, 0)) * vector)
+    if profile.links.network is None or node_G[-1] == 0:
+        return near_s
+    far_GG = node_G[:, None] != node_G[None, :]
+    return max(near_s, profile.links.network.seconds(_busiest(np.where(far_GG, send_GG, 0)) * vector))
+
+
+def _busiest(send_GG: Ints) -> int:
+    """The most that one GPU sends or receives."""
+    return max(int(send_GG.sum(axis=0).max()), int(send_GG.sum(axis=1).max()))

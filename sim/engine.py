@@ -23,12 +23,12 @@ import simpy
 from moesim.sim.cost import all_to_all_seconds, attention_seconds, expert_seconds, rank_tokens
 from moesim.sim.dispatch import Ints
 from moesim.sim.driver import Driver, Sink
+from moesim.sim.fabric import Fabric
 from moesim.sim.policies import Policy
-from moesim.sim.profile import HardwareProfile, Link, Links
+from moesim.sim.profile import HardwareProfile
 from moesim.sim.residency import Transfer
 from moesim.sim.results import PHASES, Result, StepRecord
 from moesim.sim.scenario import Scenario, StepInput, rank_counts
-from moesim.sim.station import Station
 from moesim.traces import InputError
 
 DEMAND, PREFETCH = 0, 1
@@ -98,13 +98,14 @@ class _Run:
         events: list[dict[str, Any]] | None,
     ) -> None:
         self.scenario, self.driver, self.dtype = scenario, driver, dtype
-        self.gpu, self.links, self.spec = profile.gpu, profile.links, scenario.spec
+        self.profile, self.gpu, self.spec = profile, profile.gpu, scenario.spec
         self.decide_s = profile.decide_s.get(driver.policy.name, 0.0)
         self.env = simpy.Environment()
         self.records: list[StepRecord] = []
         self._events = events
         expert_bytes = scenario.spec.expert_bytes(dtype)
-        self.copies = _Copies(self.env, driver, profile.links, scenario.cluster.gpus, expert_bytes, self._log)
+        fabric = Fabric(self.env, profile, scenario.cluster.gpus)
+        self.copies = _Copies(self.env, driver, fabric, expert_bytes, self._log)
 
     def all_steps(self, progress: Callable[[int], None] | None) -> Steps:
         """The process of the run."""
@@ -162,7 +163,7 @@ class _Run:
 
     def _experts(self, send_GEG: Ints) -> Steps:
         """All-to-all, experts, all-to-all; the way back is the transposed matrix, which takes as long."""
-        exchange_s = all_to_all_seconds(send_GEG.sum(axis=1), self.links.all_to_all, self.spec, self.dtype)
+        exchange_s = all_to_all_seconds(send_GEG.sum(axis=1), self.profile, self.spec, self.dtype)
         yield from self._phase("communication", exchange_s)
         tokens_EG = send_GEG.sum(axis=0)
         yield from self._compute("experts", expert_seconds(tokens_EG, self.gpu, self.spec, self.dtype))
@@ -193,39 +194,24 @@ class _Run:
 class _Copies:
     """Copies under way, the links that they queue for, and their bytes.
 
-    A copy holds all its links at once and takes them in one fixed order (egress of the source before ingress of the
-    target; shared roots by number), so copies cannot wait for each other in a circle; one that has its first link keeps
-    it idle while it queues for the second. A copy is *hidden* when nobody
-    waited for it and it was of use: not blocking, in its slot before its layer next dispatched, and the slot still its
-    own. One that is late, or whose slot was given away meanwhile, counts as moved only. Free transfers move no bytes;
-    copies still under way when the run ends are not counted.
+    A copy holds all the queues of its route at once and takes them in the route's order, so copies cannot wait for each
+    other in a circle; one that has its first keeps it idle while it queues for the second. A copy is *hidden* when
+    nobody waited for it and it was of use: not blocking, in its slot before its layer next dispatched, and the slot
+    still its own. One that is late, or whose slot was given away meanwhile, counts as moved only. Free transfers move
+    no bytes; copies still under way when the run ends are not counted.
     """
 
     env: Any
     driver: Driver
-    links: Links
-    gpus: int
+    fabric: Fabric
     expert_bytes: int
     log: Log
     moved_bytes: int = 0
     hidden_bytes: int = 0
-    _out_G: list[Station] = field(init=False)
-    _in_G: list[Station] = field(init=False)
-    _link: Link = field(init=False)
     _started: int = 0
     _pending: dict[int, Transfer] = field(default_factory=dict)
     """Number of a copy, in order of issue, to its transfer."""
     _late: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        shared = self.links.host.shared_by if self.links.p2p is None else 1
-        self._link = self.links.p2p or self.links.host.link
-        name = "host root" if self.links.p2p is None else "out of GPU"
-        queues = [Station(self.env, f"{name} {i}") for i in range(-(-self.gpus // shared))]
-        self._out_G = [queues[gpu // shared] for gpu in range(self.gpus)]
-        # Through the host a copy occupies the roots of both GPUs, which may be the same one.
-        one_way = self.links.p2p is not None
-        self._in_G = [Station(self.env, f"into GPU {i}") for i in range(self.gpus)] if one_way else self._out_G
 
     def start(self, moves: Iterable[Transfer]) -> list[Any]:
         """Issue the transfers that the driver has begun; returns the processes of the blocking ones."""
@@ -249,11 +235,12 @@ class _Copies:
         self._late.update(number for number, t in self._pending.items() if t.layer == layer)
 
     def _copy(self, number: int, t: Transfer) -> Steps:
+        stations, link = self.fabric.route(t.source, t.target)
         held = []
-        for link in self._path(t):
-            held.append((yield from link.enter(DEMAND if t.blocking else PREFETCH)))
+        for station in stations:
+            held.append((yield from station.enter(DEMAND if t.blocking else PREFETCH)))
         self.log("transfer begins", number=number)
-        yield self.env.timeout(self._link.seconds(self.expert_bytes))
+        yield self.env.timeout(link.seconds(self.expert_bytes))
         for visit in held:
             visit.leave()
         del self._pending[number]
@@ -263,10 +250,3 @@ class _Copies:
         self.hidden_bytes += self.expert_bytes if useful and not t.blocking else 0
         self.driver.arrived(t)
         self.log("transfer ends", number=number)
-
-    def _path(self, t: Transfer) -> list[Station]:
-        first, second = self._out_G[t.source], self._in_G[t.target]
-        if self.links.p2p is not None:
-            return [first, second]
-        low, high = sorted((t.source, t.target))
-        return [self._out_G[low]] if first is second else [self._out_G[low], self._out_G[high]]

@@ -146,18 +146,20 @@ class HostLink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """Connections inside the node."""
+    """Connections inside a node, and between nodes."""
 
     p2p: Link | None
     """GPU to GPU, per GPU and direction; None: copies between GPUs go through the host link's root."""
     host: HostLink
     all_to_all: Link
-    """Latency of one collective, and the bandwidth that each GPU reaches in it, per direction."""
+    """Latency of one collective, and the bandwidth that each GPU reaches in it, per direction, inside a node."""
+    network: Link | None = None
+    """Between nodes (InfiniBand, RoCE): each GPU's own adapter, per direction; None in a single node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
-    """A node of `gpus` equal GPUs."""
+    """`gpus` equal GPUs in one node, or in several equal ones."""
 
     name: str
     provenance: Provenance
@@ -167,12 +169,25 @@ class HardwareProfile:
     decide_s: dict[str, float] = field(default_factory=dict)
     """Policy name to measured seconds of one decision point (L + 1 a step: forecasts, planning, and from the second on
     the split of a layer). A policy that is missing is simulated as if it decided in no time, and reports say so."""
+    gpus_per_node: int | None = None
+    """GPUs 0..n-1 are the first node, and so on; None: all are in one."""
 
     def __post_init__(self) -> None:
         _positive(self, "gpus")
+        if self.gpus_per_node is not None:
+            _positive(self, "gpus_per_node")
+        if self.gpus % self.node_size:
+            raise InputError(f"gpus_per_node {self.node_size} does not divide {self.gpus} GPUs")
+        if self.gpus > self.node_size and self.links.network is None:
+            raise InputError(f"{self.gpus // self.node_size} nodes need links.network: how fast is it between them?")
         for policy, seconds in self.decide_s.items():
             if not (_finite(seconds) and seconds >= 0):
                 raise InputError(f"decide_s.{policy} must be a number of seconds, not negative, got {seconds!r}")
+
+    @property
+    def node_size(self) -> int:
+        """GPUs of one node."""
+        return self.gpus if self.gpus_per_node is None else self.gpus_per_node
 
     @property
     def measured(self) -> bool:

@@ -13,7 +13,19 @@ P2P = Link(latency_s=0.5 * MS, bytes_per_s=1.024e6)
 """An expert of the test model (4096 bytes) takes 4.5 ms."""
 
 
-def node(*, p2p=P2P, shared_by=1, hbm=1e18, gpus=8, decide_s=None, a2a=None, launch=0.25 * MS, memory=2**30):
+def node(
+    *,
+    p2p=P2P,
+    shared_by=1,
+    hbm=1e18,
+    gpus=8,
+    decide_s=None,
+    a2a=None,
+    launch=0.25 * MS,
+    memory=2**30,
+    network=None,
+    gpus_per_node=None,
+):
     """2048 FLOPs (a token in an expert of the test model) a millisecond, a token's vector (64 bytes) a millisecond."""
     return HardwareProfile(
         name="test",
@@ -32,7 +44,9 @@ def node(*, p2p=P2P, shared_by=1, hbm=1e18, gpus=8, decide_s=None, a2a=None, lau
             p2p=p2p,
             host=HostLink(latency_s=0.5 * MS, bytes_per_s=1.024e6, shared_by=shared_by),
             all_to_all=a2a or Link(latency_s=1 * MS, bytes_per_s=64e3),
+            network=network,
         ),
+        gpus_per_node=gpus_per_node,
         decide_s=decide_s or {},
     )
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nodes import node
 
 from helpers import make_spec
 from moesim.sim.cost import (
@@ -154,14 +155,40 @@ def test_only_the_decoder_of_an_encoder_decoder_attends_across():
 def test_all_to_all_is_latency_plus_the_busiest_direction():
     link = Link(latency_s=1e-3, bytes_per_s=1e6, efficiency=0.5)
     send_GG = np.array([[9, 1, 2], [4, 9, 0], [5, 0, 9]])
-    assert all_to_all_seconds(send_GG, link, SPEC, "float32") == pytest.approx(1e-3 + 9 * 16 * 4 / 5e5, rel=1e-12)
-    assert all_to_all_seconds(send_GG.T, link, SPEC, "bfloat16") == pytest.approx(1e-3 + 9 * 16 * 2 / 5e5, rel=1e-12)
-    assert all_to_all_seconds(np.diag([5, 6]), link, SPEC, "float32") == 1e-3
-    assert all_to_all_seconds(np.array([[5]]), link, SPEC, "float32") == 0
+
+    def seconds(sent, dtype="float32"):
+        return all_to_all_seconds(sent, node(a2a=link), SPEC, dtype)
+
+    assert seconds(send_GG) == pytest.approx(1e-3 + 9 * 16 * 4 / 5e5, rel=1e-12)
+    assert seconds(send_GG.T, "bfloat16") == pytest.approx(1e-3 + 9 * 16 * 2 / 5e5, rel=1e-12)
+    assert seconds(np.diag([5, 6])) == 1e-3
+    assert seconds(np.array([[5]])) == 0
 
 
 def test_an_even_all_to_all_is_the_textbook_formula():
     G, per_pair = 4, 25
     link = Link(latency_s=0.0, bytes_per_s=1e6)
-    seconds = all_to_all_seconds(np.full((G, G), per_pair), link, SPEC, "float32")
+    seconds = all_to_all_seconds(np.full((G, G), per_pair), node(a2a=link), SPEC, "float32")
     assert seconds == pytest.approx((G - 1) * per_pair * 64 / 1e6, rel=1e-12)
+
+
+def test_between_nodes_the_slower_of_network_and_node_counts():
+    """Two nodes of two: GPU 0 sends 3 vectors to its neighbour and 4 to the other node."""
+    near, far = Link(latency_s=1e-3, bytes_per_s=1e6), Link(latency_s=2e-3, bytes_per_s=1e5)
+    two = node(gpus=4, a2a=near, network=far, gpus_per_node=2)
+    send_GG = np.array([[5, 3, 4, 0], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]])
+    assert all_to_all_seconds(send_GG, two, SPEC, "float32") == pytest.approx(2e-3 + 4 * 64 / 1e5, rel=1e-12)
+    fast = replace(two, links=replace(two.links, network=Link(latency_s=0.0, bytes_per_s=1e18)))
+    assert all_to_all_seconds(send_GG, fast, SPEC, "float32") == pytest.approx(1e-3 + 3 * 64 / 1e6, rel=1e-12)
+    assert all_to_all_seconds(send_GG[:2, :2], two, SPEC, "float32") == pytest.approx(1e-3 + 3 * 64 / 1e6, rel=1e-12)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_nodes_joined_by_their_own_kind_of_link_are_never_slower_than_one_node(nodes, size, most, seed):
+    """Splitting the traffic over two links of equal speed can only help."""
+    G, link = nodes * size, Link(latency_s=1e-3, bytes_per_s=1e6)
+    send_GG = np.random.default_rng(seed).integers(0, most + 1, (G, G))
+    split = node(gpus=G, a2a=link, network=link, gpus_per_node=size)
+    whole = all_to_all_seconds(send_GG, node(gpus=G, a2a=link), SPEC, "float32")
+    assert all_to_all_seconds(send_GG, split, SPEC, "float32") <= whole * (1 + 1e-12)

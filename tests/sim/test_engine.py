@@ -127,6 +127,21 @@ def ends(scene, profile, moves):
     return [end[number] for number in sorted(end)], events
 
 
+def test_copies_between_nodes_go_over_the_network_and_do_not_queue_with_the_others():
+    """Two nodes of two: two copies out of GPU 0 stay apart, one over its peer link, one over its network adapter; a
+    second one over the adapter waits for the first."""
+    scene = two_layers(gpus=4)
+    moves = [
+        Transfer(layer=1, expert=0, source=0, target=1, slot=3),
+        Transfer(layer=1, expert=0, source=0, target=2, slot=3),
+        Transfer(layer=1, expert=0, source=0, target=3, slot=3),
+    ]
+    slow = Link(latency_s=1 * MS, bytes_per_s=0.512e6)
+    two = node(gpus=4, network=slow, gpus_per_node=2)
+    assert ends(scene, two, {(0, 0): moves})[0] == exactly([4.5, 9, 18])
+    assert ends(scene, node(gpus=4), {(0, 0): moves})[0] == exactly([4.5, 9, 13.5])
+
+
 def test_copies_from_one_gpu_share_its_egress_and_demand_goes_first():
     scene = two_layers(gpus=3)
     slot = {layer: 2 * layer + 1 for layer in (0, 1)}

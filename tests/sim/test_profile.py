@@ -54,6 +54,12 @@ def test_more_numbers_of_data_sheets(name, memory_gb, hbm_tb_s, bfloat16_tflops,
     assert (p2p.bytes_per_s / 1e9 if p2p else None, profile.links.host.bytes_per_s / 1e9) == (p2p_gb_s, host_gb_s)
 
 
+def test_several_nodes():
+    cluster = load_profile("32xH100-IB")
+    assert (cluster.gpus, cluster.node_size, cluster.links.network.bytes_per_s) == (32, 8, 400e9 / 8)
+    assert load_profile("8xH100-NVLink").node_size == 8
+
+
 def test_efficiencies_multiply_the_rates():
     gpu = load_profile("8xH100-NVLink").gpu
     assert gpu.matmul_rate("bfloat16") == 989e12 * gpu.matmul_efficiency
@@ -107,7 +113,7 @@ def test_more_gpus_than_there_are():
 
 
 def test_an_unknown_name_lists_the_shipped_ones():
-    with pytest.raises(InputError, match=r"'9xB300'.*4xRTX4090-PCIe, 72xGB200-NVLink, 8xA100-NVLink"):
+    with pytest.raises(InputError, match=r"'9xB300'.*32xH100-IB, 4xRTX4090-PCIe, 72xGB200-NVLink"):
         load_profile("9xB300")
 
 
@@ -153,6 +159,10 @@ def edit(path, **changes):
         ({"gpu.matmul_flops_per_s": {}}, "gpu.matmul_flops_per_s must name at least one dtype"),
         ({"gpu.matmul_flops_per_s.float32": -1}, "gpu.matmul_flops_per_s.float32 must be a positive number"),
         ({"gpu.matmul_flops_per_s": [1]}, "field 'gpu.matmul_flops_per_s' must be a list or an object"),
+        ({"gpus_per_node": 1}, "2 nodes need links.network"),
+        ({"gpus": 3, "gpus_per_node": 2}, "gpus_per_node 2 does not divide 3 GPUs"),
+        ({"gpus_per_node": 0}, "gpus_per_node must be a positive number"),
+        ({"links.network": {"latency_s": 0}}, "missing field 'links.network.bytes_per_s'"),
         ({"links.host.shared_by": 0}, "links.host.shared_by must be a positive number"),
         ({"links.all_to_all": None}, "field 'links.all_to_all' must be an object"),
         ({"links.p2p.latency_s": float("nan")}, "links.p2p.latency_s must be a number, not negative, got nan"),
