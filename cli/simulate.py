@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 import click
 from rich.console import Console
@@ -17,11 +17,13 @@ from rich.progress import Progress, TaskID
 from moesim.cli.options import workload_options
 from moesim.cli.picture import load_over_time
 from moesim.cli.report import print_results, results_json
+from moesim.sim.contention import Contention
 from moesim.sim.engine import simulate as run_simulation
 from moesim.sim.policies import POLICIES, make_policy, needs_tokens, recipe
 from moesim.sim.profile import HardwareProfile, load_profile, shipped_profiles
 from moesim.sim.results import Result, save_results
 from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
+from moesim.sim.timeline import timeline as make_timeline
 from moesim.traces import InputError, ModelSpec, Phase, Workload
 from moesim.traces.spec import DTYPE_BYTES, PUBLISHED
 
@@ -52,6 +54,14 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
 @click.option("--out", type=file_option, help="Write the results here, for moesim compare; kept on Ctrl-C.")
 @click.option("--picture", type=file_option, help="Draw the load of each GPU over time under every policy, PNG.")
+@click.option(
+    "--contention",
+    type=click.Choice(get_args(Contention)),
+    default="none",
+    show_default=True,
+    help="Copies and all-to-alls on the same wires: ignore each other, copies pause, both get half.",
+)
+@click.option("--timeline", type=file_option, help="Write what happens when for Perfetto or Chrome, JSON.")
 @click.option("--event-log", type=file_option, help="Write what happens when, as JSON lines.")
 @click.option("--decision-log", type=file_option, help="Write the policies' decisions, as JSON lines.")
 def simulate(
@@ -69,6 +79,8 @@ def simulate(
     as_json: bool,
     out: Path | None,
     picture: Path | None,
+    contention: Contention,
+    timeline: Path | None,
     event_log: Path | None,
     decision_log: Path | None,
 ) -> None:
@@ -103,16 +115,19 @@ def simulate(
         request_texts=opened.request_texts,
     )
     results: list[Result] = []
+    happened: dict[str, list[dict[str, Any]]] | None = {} if timeline else None
     with ExitStack() as stack:
-        events, decisions = (stack.enter_context(_opened(path)) for path in (event_log, decision_log))
+        events, decisions, drawn = (stack.enter_context(_opened(path)) for path in (event_log, decision_log, timeline))
         try:
-            for result in _run_all(names, scenario, hardware, dtype, events, decisions):
+            for result in _run_all(names, scenario, hardware, dtype, contention, events, decisions, happened):
                 results.append(result)
                 if out:
                     _save(results, out)
         except KeyboardInterrupt:
             click.echo(_interrupted(results, out), err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
+        if drawn and happened is not None:
+            json.dump(make_timeline(happened), drawn)
     if picture:
         load_over_time(results, picture, "Tokens on each GPU, layer after layer")
     if as_json:
@@ -156,26 +171,31 @@ def _run_all(
     scenario: Scenario,
     hardware: HardwareProfile,
     dtype: str | None,
+    contention: Contention,
     events: TextIO | None,
     decisions: TextIO | None,
+    kept: dict[str, list[dict[str, Any]]] | None,
 ) -> Iterator[Result]:
     """Simulate one policy after the other, with a progress bar where stderr is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         for name in names:
             task = progress.add_task(name, total=len(scenario.batches))
-            happened: list[dict[str, Any]] | None = [] if events else None
+            happened: list[dict[str, Any]] | None = [] if events or kept is not None else None
             result = run_simulation(
                 scenario,
                 make_policy(name, scenario.cluster, scenario.fit),
                 hardware,
                 sink=partial(_write, decisions, name) if decisions else None,
                 dtype=dtype,
+                contention=contention,
                 event_log=happened,
                 progress=partial(_tick, progress, task),
             )
-            for event in happened or ():
+            for event in (happened or ()) if events else ():
                 _write(events, name, event)
+            if kept is not None and happened is not None:
+                kept[name] = happened
             yield result
 
 

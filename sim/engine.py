@@ -6,7 +6,7 @@ links. Everything is deterministic: events at equal times keep the order in whic
 before the decision or dispatch that falls on the same instant.
 
 The step, decision points and copies are those of docs/architecture.md; the policy really decides, in no simulated time
-unless the profile says how long it takes. Copies and all-to-alls do not slow each other down.
+unless the profile says how long it takes. Copies and all-to-alls slow each other down where that is asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import simpy
 
+from moesim.sim.contention import Contention, Wires
 from moesim.sim.cost import all_to_all_seconds, attention_seconds, expert_seconds, rank_tokens
 from moesim.sim.dispatch import Ints
 from moesim.sim.driver import Driver, Sink
@@ -45,18 +46,20 @@ def simulate(
     *,
     sink: Sink | None = None,
     dtype: str | None = None,
+    contention: Contention = "none",
     event_log: list[dict[str, Any]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Run all steps of `scenario` under `policy` on the simulated node.
 
-    `dtype` of weights and activations (default: the recorded one). `sink` takes the decisions, `event_log` the events,
-    JSON objects in order of `time_s`, an event being written when it ends; `progress` is told the steps done. Raises
-    InputError where the profile has too few GPUs, too little memory, or no rate for the dtype.
+    `dtype` of weights and activations (default: the recorded one). `contention` of copies and all-to-alls: see
+    contention.py. `sink` takes the decisions, `event_log` the events, JSON objects in order of `time_s`, an event being
+    written when it ends; `progress` is told the steps done. Raises InputError where the profile has too few GPUs, too
+    little memory, or no rate for the dtype.
     """
     dtype = dtype or scenario.spec.dtype
     _check_fits(scenario, profile, dtype)
-    run = _Run(scenario, Driver(policy, sink), profile, dtype, event_log)
+    run = _Run(scenario, Driver(policy, sink), profile, dtype, contention, event_log)
     run.env.run(until=run.env.process(run.all_steps(progress)))
     config = {
         **scenario.config(),
@@ -65,6 +68,7 @@ def simulate(
         "profile_kind": profile.provenance.kind,
         "profile_device": profile.provenance.device,
         "decide_s": profile.decide_s.get(policy.name),
+        "contention": contention,
         "moesim": version("moesim"),
     }
     return Result(
@@ -95,9 +99,10 @@ class _Run:
         driver: Driver,
         profile: HardwareProfile,
         dtype: str,
+        contention: Contention,
         events: list[dict[str, Any]] | None,
     ) -> None:
-        self.scenario, self.driver, self.dtype = scenario, driver, dtype
+        self.scenario, self.driver, self.dtype, self.contention = scenario, driver, dtype, contention
         self.profile, self.gpu, self.spec = profile, profile.gpu, scenario.spec
         self.decide_s = profile.decide_s.get(driver.policy.name, 0.0)
         self.env = simpy.Environment()
@@ -105,7 +110,8 @@ class _Run:
         self._events = events
         expert_bytes = scenario.spec.expert_bytes(dtype)
         fabric = Fabric(self.env, profile, scenario.cluster.gpus)
-        self.copies = _Copies(self.env, driver, fabric, expert_bytes, self._log)
+        self.wires = Wires(self.env, contention)
+        self.copies = _Copies(self.env, driver, fabric, self.wires, expert_bytes, self._log)
 
     def all_steps(self, progress: Callable[[int], None] | None) -> Steps:
         """The process of the run."""
@@ -164,25 +170,34 @@ class _Run:
     def _experts(self, send_GEG: Ints) -> Steps:
         """All-to-all, experts, all-to-all; the way back is the transposed matrix, which takes as long."""
         exchange_s = all_to_all_seconds(send_GEG.sum(axis=1), self.profile, self.spec, self.dtype)
-        yield from self._phase("communication", exchange_s)
+        yield from self._exchange(exchange_s)
         tokens_EG = send_GEG.sum(axis=0)
-        yield from self._compute("experts", expert_seconds(tokens_EG, self.gpu, self.spec, self.dtype))
-        yield from self._phase("communication", exchange_s)
+        seconds_G = expert_seconds(tokens_EG, self.gpu, self.spec, self.dtype)
+        yield from self._compute("experts", seconds_G, tokens_G=tokens_EG.sum(axis=0))
+        yield from self._exchange(exchange_s)
 
-    def _compute(self, phase: str, seconds_G: Any) -> Steps:
+    def _exchange(self, seconds: float) -> Steps:
+        if seconds > 0:
+            begin = float(self.env.now)
+            yield from self.wires.exchange(seconds)
+            # Where nothing slowed it down it took what it takes, without the rounding of a difference of times.
+            took = float(self.env.now) - begin
+            self._passed("communication", seconds if self.contention == "none" else took)
+
+    def _compute(self, phase: str, seconds_G: Any, **arrays: Any) -> Steps:
         """A phase that lasts as long as its slowest GPU; the others idle."""
         self._busy_G += seconds_G
-        yield from self._phase(phase, float(seconds_G.max()), gpu_s=seconds_G)
+        yield from self._phase(phase, float(seconds_G.max()), gpu_s=seconds_G, **arrays)
 
-    def _phase(self, phase: str, seconds: float, gpu_s: Any = None) -> Steps:
+    def _phase(self, phase: str, seconds: float, **arrays: Any) -> Steps:
         if seconds > 0:
             yield self.env.timeout(seconds)
-            self._passed(phase, seconds, gpu_s)
+            self._passed(phase, seconds, **arrays)
 
-    def _passed(self, phase: str, seconds: float, gpu_s: Any = None) -> None:
+    def _passed(self, phase: str, seconds: float, **arrays: Any) -> None:
         self._phase_s[phase] += seconds
         if self._events is not None:
-            detail = {} if gpu_s is None else {"gpu_s": gpu_s.tolist()}
+            detail = {name: array.tolist() for name, array in arrays.items()}
             self._log(phase, **self._where, duration_s=seconds, **detail)
 
     def _log(self, what: str, **detail: Any) -> None:
@@ -204,6 +219,7 @@ class _Copies:
     env: Any
     driver: Driver
     fabric: Fabric
+    wires: Wires
     expert_bytes: int
     log: Log
     moved_bytes: int = 0
@@ -239,8 +255,8 @@ class _Copies:
         held = []
         for station in stations:
             held.append((yield from station.enter(DEMAND if t.blocking else PREFETCH)))
-        self.log("transfer begins", number=number)
-        yield self.env.timeout(link.seconds(self.expert_bytes))
+        self.log("transfer begins", number=number, queues=[station.name for station in stations])
+        yield from self.wires.copy(link.seconds(self.expert_bytes))
         for visit in held:
             visit.leave()
         del self._pending[number]

@@ -238,3 +238,17 @@ def test_workloads(trace, options, told):
 def test_two_kinds_of_batch_exclude_each_other(trace):
     result = run("--policy", "eplb", "--profile", NODE, "--batch-tokens", 8, "--batch-requests", 2, trace=trace)
     assert (result.exit_code, "--batch-tokens and --batch-requests exclude" in result.stderr) == (2, True)
+
+
+def test_timeline_and_contention(trace, tmp_path):
+    out = tmp_path / "deep/timeline.json"
+    options = ["--policy", "eplb", "--profile", NODE, "--batch-tokens", 32, "--contention", "share", "--json"]
+    result = run(*options, "--timeline", out, trace=trace)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["config"]["contention"] == "share"
+    made = json.loads(out.read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in made if e["name"] == "process_name"} == {"contiguous", "eplb"}
+    assert {e["ph"] for e in made} == {"M", "X", "C", "s", "f"}
+    again = run(*options, trace=trace)
+    assert json.loads(again.stdout) == told

@@ -27,7 +27,7 @@ SURFACE = {
     "trace synth": "--out --like --experts --layers --top-k --requests --request-tokens --skew --drift --coupling "
     "--overlap --domains --domain-shift --arrival --window-tokens --shapes --seed --force --json",
     "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --max-steps --dtype "
-    "--shapes --json --out --picture --event-log --decision-log",
+    "--shapes --json --out --picture --contention --timeline --event-log --decision-log",
     "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
     "--repeats --warmup --dtype --json --out --decision-log",
     "calibrate": "--ranks --device --out --dtype --batch-tokens --extra-slots",
