@@ -60,12 +60,12 @@ def test_looking_changes_no_simulated_time(contention):
 
 
 def test_contention_lengthens_what_meets():
-    """The copy of 4.5 ms lies under layer 0's attention and meets the first all-to-all of 1 ms."""
-    moves = {(0, 0): [COPY]}
-    spent = {c: run(moves, contention=c)[0].steps[0].phase_s["communication"] for c in ("none", "pause", "share")}
+    """A copy that is longer than layer 0's attention meets its all-to-alls."""
+    moves, slow = {(0, 0): [COPY]}, node(p2p=Link(latency_s=12 * MS, bytes_per_s=1.024e6))
+    spent = {c: run(moves, slow, contention=c)[0].phase_s()["communication"] for c in ("none", "pause", "share")}
     assert spent["none"] == pytest.approx(spent["pause"]) and spent["share"] > 1.1 * spent["none"]
 
     def ended(contention):
-        return next(e["time_s"] for e in run(moves, contention=contention)[1] if e["what"] == "transfer ends")
+        return next(e["time_s"] for e in run(moves, slow, contention=contention)[1] if e["what"] == "transfer ends")
 
     assert ended("none") < ended("pause")
