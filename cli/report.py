@@ -34,12 +34,12 @@ def results_json(results: list[Result], baseline: str) -> dict[str, Any]:
 
 
 def print_results(results: list[Result], baseline: str, console: Console | None = None) -> None:
-    """Three tables (speed, where the time goes, copies and forecasts) and the footnotes that make them readable."""
+    """Four tables (speed, the critical path, where the GPUs' time goes, copies and forecasts) and the footnotes."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     base = _named(results, baseline)
-    for table in (_speed_table(results, base), _phase_table(results), _copy_table(results)):
+    for table in (_speed_table(results, base), _phase_table(results), _share_table(results), _copy_table(results)):
         console.print(table)
     for line in footnotes(results, baseline):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -50,7 +50,8 @@ def footnotes(results: list[Result], baseline: str) -> list[str]:
     config, kind = _named(results, baseline).config, results[0].kind
     lines = [
         f"speedup: time of {baseline} / time of the policy, all steps, same inputs ({kind}). balancedness: mean / max "
-        "of the GPU loads, mean over layers and steps. utilisation: share of the time that a GPU computes.",
+        "of the GPU loads, mean over layers and steps. utilisation: share of the time that a GPU computes. barrier: "
+        "waiting for the slowest GPU of a phase. weights: waiting for blocking copies.",
         f"window: {window(config)}, {config['extra_slots']} extra slots a GPU and layer.",
         "hidden: share of the moved bytes that arrived before they were needed. late: copies that had not arrived when "
         "their layer ran (it ran without them). recall, load error: of the forecasts; those of oracles are the truth.",
@@ -111,6 +112,16 @@ def _phase_table(results: list[Result]) -> Table:
     for result in results:
         spent = result.phase_s()
         table.add_row(result.policy, *(f"{1e3 * spent[phase] / len(result.steps):.3f}" for phase in PHASES))
+    return table
+
+
+def _share_table(results: list[Result]) -> Table:
+    table = _table("Where the GPUs' time goes, mean over the GPUs")
+    shares = [result.time_shares() for result in results]
+    for name in shares[0]:
+        table.add_column(name, justify="right")
+    for result, share in zip(results, shares, strict=True):
+        table.add_row(result.policy, *(_percent(value) for value in share.values()))
     return table
 
 

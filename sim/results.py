@@ -60,6 +60,24 @@ class Result:
         """Seconds by phase over all steps."""
         return {phase: float(sum(step.phase_s.get(phase, 0.0) for step in self.steps)) for phase in PHASES}
 
+    def time_shares(self) -> dict[str, float]:
+        """Where the GPUs' time goes, shares of the whole run, mean over the GPUs; they sum to 1.
+
+        compute: attention and experts. barrier: waiting for the slowest GPU to finish those. communication:
+        all-to-alls. weights: waiting for blocking copies. deciding: predictor and planner. idle: what no phase accounts for.
+        """
+        spent = self.phase_s()
+        busy_s = float(np.mean([step.busy_s for step in self.steps], axis=1).sum())
+        shares = {
+            "compute": busy_s,
+            "barrier": max(spent["attention"] + spent["experts"] - busy_s, 0.0),
+            "communication": spent["communication"],
+            "weights": spent["blocked"],
+            "deciding": spent["decide"],
+        }
+        shares = {name: seconds / self.total_s for name, seconds in shares.items()}
+        return {**shares, "idle": max(1.0 - sum(shares.values()), 0.0)}
+
     def metrics(self) -> dict[str, Any]:
         """Latency, throughput, balancedness, utilisation and bytes; see the keys."""
         durations = np.array([step.duration_s for step in self.steps])
@@ -78,6 +96,7 @@ class Result:
                 np.mean(np.divide(mean, peak, out=np.ones_like(mean), where=peak > 0))
             ),
             "balancedness_ratio_of_sums": float(mean.sum() / peak.sum()) if peak.sum() else 1.0,
+            "time_shares": self.time_shares(),
             "utilisation_G": (busy.sum(axis=0) / self.total_s).tolist(),
             "moved_bytes": sum(step.moved_bytes for step in self.steps),
             "hidden_bytes": sum(step.hidden_bytes for step in self.steps),

@@ -35,7 +35,7 @@ def test_the_tables_and_their_footnotes(trace):
     result = run("--policy", "all", "--profile", NODE, "--batch-tokens", 64, "--dtype", "bfloat16", trace=trace)
     assert result.exit_code == 0, result.output
     for name in POLICIES:
-        assert result.stdout.count(f"│ {name} ") == 3
+        assert result.stdout.count(f"│ {name} ") == 4
     for words in (
         "Speedup over contiguous (simulated)",
         "encoder of switch, 8 GPUs, 64 tokens a step in order of arrival, 5 steps, 320 tokens",

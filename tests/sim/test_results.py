@@ -40,6 +40,14 @@ def result(policy, durations, kind="simulated", **config):
     return Result(kind=kind, policy=policy, config={**CONFIG, **config}, steps=[record(d) for d in durations])
 
 
+def test_where_the_time_of_the_gpus_goes():
+    spent = {"attention": 2.0, "decide": 0.5, "communication": 1.5, "experts": 4.0, "blocked": 1.0}
+    steps = [record(10.0, phase_s=spent, busy_s=[6.0, 2.0])] * 2
+    shares = Result(kind="simulated", policy="p", config=CONFIG, steps=steps).time_shares()
+    expected = {"compute": 0.4, "barrier": 0.2, "communication": 0.15, "weights": 0.1, "deciding": 0.05, "idle": 0.1}
+    assert shares == pytest.approx(expected) and sum(shares.values()) == pytest.approx(1)
+
+
 def test_metrics_by_hand():
     steps = [record(1.0, load=((3, 1), (2, 2))), record(3.0, load=((0, 0), (1, 0)), moved_bytes=10, hidden_bytes=4)]
     m = Result(kind="simulated", policy="p", config=CONFIG, steps=steps).metrics()
