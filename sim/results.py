@@ -64,7 +64,8 @@ class Result:
         """Where the GPUs' time goes, shares of the whole run, mean over the GPUs; they sum to 1.
 
         compute: attention and experts. barrier: waiting for the slowest GPU to finish those. communication:
-        all-to-alls. weights: waiting for blocking copies. deciding: predictor and planner. idle: what no phase accounts for.
+        all-to-alls. weights: waiting for blocking copies. deciding: predictor and planner. idle: what no phase
+        accounts for.
         """
         spent = self.phase_s()
         busy_s = float(np.mean([step.busy_s for step in self.steps], axis=1).sum())
