@@ -99,7 +99,7 @@ def _spec(path: Path, known: Format, recording: Recording, options: ImportOption
     given = options.spec or recording.spec
     if given is None:
         layers = StackSpec(name=stack, num_layers=recording.num_layers, moe_layers=recording.layers)
-        return _bare_spec(known.name, recording, layers), stack
+        return ModelSpec.of_routing(f"imported:{known.name}", recording.num_experts, recording.top_k, layers), stack
     found = {
         "experts": recording.num_experts,
         "experts per token": recording.top_k,
@@ -114,21 +114,6 @@ def _spec(path: Path, known: Format, recording: Recording, options: ImportOption
         if number != said[what]:
             raise InputError(f"{path}: the recording has {number} {what}, the model of --model has {said[what]}")
     return given, stack
-
-
-def _bare_spec(family: str, recording: Recording, stack: StackSpec) -> ModelSpec:
-    return ModelSpec(
-        family=f"imported:{family}",
-        num_experts=recording.num_experts,
-        top_k=recording.top_k,
-        capacity=None,
-        groups=1,
-        top_groups=1,
-        vocab_size=None,
-        dtype="bfloat16",
-        widths=None,
-        stacks=(stack,),
-    )
 
 
 def _drop_dense_layers(recording: Recording) -> None:

@@ -100,6 +100,22 @@ class ModelSpec:
         if len({stack.name for stack in self.stacks}) != len(self.stacks) or not self.stacks:
             raise TraceError("model spec: needs one or two stacks with different names")
 
+    @classmethod
+    def of_routing(cls, family: str, num_experts: int, top_k: int, stack: StackSpec) -> ModelSpec:
+        """A model of which nothing but its routing is known. Raises TraceError for impossible numbers."""
+        return cls(
+            family=family,
+            num_experts=num_experts,
+            top_k=top_k,
+            capacity=None,
+            groups=1,
+            top_groups=1,
+            vocab_size=None,
+            dtype="bfloat16",
+            widths=None,
+            stacks=(stack,),
+        )
+
     def stack(self, name: str) -> StackSpec:
         """The stack called `name`. Raises TraceError naming the stacks that exist."""
         for stack in self.stacks:

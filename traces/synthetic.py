@@ -113,18 +113,8 @@ def domains_of_requests(shape: Shape, seed: int) -> NDArray[np.int64]:
 
 def synthetic_spec(shape: Shape, family: str = "synthetic") -> ModelSpec:
     """A decoder of MoE layers only, of no known widths."""
-    return ModelSpec(
-        family=family,
-        num_experts=shape.experts,
-        top_k=shape.top_k,
-        capacity=None,
-        groups=1,
-        top_groups=1,
-        vocab_size=None,
-        dtype="bfloat16",
-        widths=None,
-        stacks=(StackSpec(name="decoder", num_layers=shape.layers, moe_layers=tuple(range(shape.layers))),),
-    )
+    stack = StackSpec(name="decoder", num_layers=shape.layers, moe_layers=tuple(range(shape.layers)))
+    return ModelSpec.of_routing(family, shape.experts, shape.top_k, stack)
 
 
 class _Router:

@@ -9,7 +9,7 @@ import numpy as np
 
 from moesim.traces.errors import InputError
 from moesim.traces.formats.base import Format, ImportOptions, Recording
-from moesim.traces.formats.numpy_files import Array, npz_names, open_npz
+from moesim.traces.formats.numpy_files import Array, npz_files, npz_has, open_npz
 from moesim.traces.formats.routed import Known, Piece, phases, recording_of
 
 NEEDED = {"prompt_token_ids", "output_token_ids", "routed_experts"}
@@ -17,20 +17,13 @@ NEEDED = {"prompt_token_ids", "output_token_ids", "routed_experts"}
 
 def recognise(path: Path) -> bool:
     """An `.npz` (or the first of a folder) with these arrays."""
-    files = _files(path)
-    return bool(files) and npz_names(files[0]) >= NEEDED
+    return npz_has(path, NEEDED)
 
 
 def read(path: Path, options: ImportOptions) -> Recording:
     """Requests in order of their file's name."""
-    files = _files(path)
-    if not files:
-        raise InputError(f"{path}: the folder has no .npz file")
+    files = npz_files(path)
     return recording_of(path, lambda: _pieces(files), options, Known())
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.npz")) if path.is_dir() else [path]
 
 
 def _pieces(files: list[Path]) -> Iterator[Piece]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.traces.errors import InputError
 from moesim.traces.formats.base import Format, ImportOptions, Recording
-from moesim.traces.formats.numpy_files import Array, npz_names, open_npz
+from moesim.traces.formats.numpy_files import Array, npz_files, npz_has, open_npz
 from moesim.traces.formats.routed import Known, Piece, recording_of
 from moesim.traces.formats.text_files import replacing
 from moesim.traces.store import Trace
@@ -24,15 +24,12 @@ NEEDED = {"topk_ids", "seq_lens"}
 
 def recognise(path: Path) -> bool:
     """An `.npz` (or the first of a folder) with topk_ids and seq_lens."""
-    files = _files(path)
-    return bool(files) and npz_names(files[0]) >= NEEDED
+    return npz_has(path, NEEDED)
 
 
 def read(path: Path, options: ImportOptions) -> Recording:
     """Sequences are requests, named after their file; layer_ids number the MoE layers."""
-    files = _files(path)
-    if not files:
-        raise InputError(f"{path}: the folder has no .npz file")
+    files = npz_files(path)
     known = Known()
     for file in files:
         arrays = _arrays(file)
@@ -59,10 +56,6 @@ def write(trace: Trace, stack: str, path: Path) -> None:
         arrays["topk_weights"] = table.topk_weights
     with replacing(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type] # no array is called allow_pickle
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.npz")) if path.is_dir() else [path]
 
 
 def _arrays(file: Path) -> dict[str, Array]:

@@ -70,6 +70,22 @@ def open_npz(path: Path) -> dict[str, Array]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def npz_files(path: Path) -> list[Path]:
+    """The file itself, or the `.npz` files of a folder in order of name. Raises InputError where it has none."""
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: the folder has no .npz file")
+    return files
+
+
+def npz_has(path: Path, names: set[str]) -> bool:
+    """Whether an `.npz`, or the first of a folder, has arrays of these names. Never raises."""
+    try:
+        return npz_names(npz_files(path)[0]) >= names
+    except InputError:
+        return False
+
+
 def npz_names(path: Path) -> set[str]:
     """Names of the arrays of an `.npz`, without unpacking; empty where it is not one."""
     try:

@@ -124,17 +124,6 @@ def int_array(value: Any, what: str, ndim: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def float_array(value: Any, what: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """A nested list of finite numbers of the given shape. Raises InputError naming `what`."""
-    try:
-        array = np.array(value)
-    except (ValueError, OverflowError, RecursionError):
-        raise InputError(f"{what}: ragged, its rows differ in length") from None
-    if array.shape != shape or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-        raise InputError(f"{what}: must be finite numbers of shape {list(shape)}")
-    return array.astype(np.float64)
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends well. Raises InputError where there is one already."""
