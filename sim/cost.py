@@ -28,10 +28,15 @@ def expert_seconds(tokens_EG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str) -> Se
     """
     distinct_G = (tokens_EG > 0).sum(axis=0)
     rows_G = (-(-tokens_EG // gpu.tile_rows)).sum(axis=0) * gpu.tile_rows
-    read_G = distinct_G * spec.expert_bytes(dtype) / gpu.hbm_rate
-    compute_G = rows_G * (2 * spec.expert_params()) / gpu.matmul_rate(dtype)
-    total_G = gpu.launch_s + gpu.expert_s * distinct_G + np.maximum(read_G, compute_G)
-    return np.where(distinct_G > 0, total_G, 0.0)
+    return expert_seconds_of(distinct_G, rows_G, gpu, spec, dtype)
+
+
+def expert_seconds_of(distinct: Ints, rows: Ints, gpu: Gpu, spec: ModelSpec, dtype: str) -> Seconds:
+    """`expert_seconds` from the number of distinct experts and of rows in whole tiles, arrays of any one shape."""
+    read = distinct * spec.expert_bytes(dtype) / gpu.hbm_rate
+    compute = rows * (2 * spec.expert_params()) / gpu.matmul_rate(dtype)
+    total = gpu.launch_s + gpu.expert_s * distinct + np.maximum(read, compute)
+    return np.where(distinct > 0, total, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +118,22 @@ def all_to_all_seconds(send_GG: Ints, profile: HardwareProfile, spec: ModelSpec,
     costs its latency even when empty.
     """
     G = len(send_GG)
-    if G == 1:
+    node_G = np.arange(G) // profile.node_size
+    far_GG = node_G[:, None] != node_G[None, :]
+    near_GG = ~far_GG & ~np.eye(G, dtype=np.bool_)
+    near, far = (_busiest(np.where(part_GG, send_GG, 0)) for part_GG in (near_GG, far_GG))
+    return exchange_seconds(near, far, G, profile, spec, dtype)
+
+
+def exchange_seconds(near: int, far: int, gpus: int, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> float:
+    """`all_to_all_seconds` from the most vectors that one GPU sends or receives inside its node and between nodes."""
+    if gpus == 1:
         return 0.0
     vector = spec.sized().d_model * DTYPE_BYTES[dtype]
-    node_G = np.arange(G) // profile.node_size
-    near_GG = (node_G[:, None] == node_G[None, :]) & ~np.eye(G, dtype=np.bool_)
-    near_s = profile.links.all_to_all.seconds(_busiest(np.where(near_GG, send_GG, 0)) * vector)
-    if profile.links.network is None or node_G[-1] == 0:
+    near_s = profile.links.all_to_all.seconds(near * vector)
+    if profile.links.network is None or gpus <= profile.node_size:
         return near_s
-    far_GG = node_G[:, None] != node_G[None, :]
-    return max(near_s, profile.links.network.seconds(_busiest(np.where(far_GG, send_GG, 0)) * vector))
+    return max(near_s, profile.links.network.seconds(far * vector))
 
 
 def _busiest(send_GG: Ints) -> int:

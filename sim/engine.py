@@ -30,12 +30,15 @@ from moesim.sim.profile import HardwareProfile
 from moesim.sim.residency import Transfer
 from moesim.sim.results import PHASES, Result, StepRecord
 from moesim.sim.scenario import Scenario, StepInput, rank_counts
+from moesim.sim.static import StaticSteps, StaticWork, is_static
 from moesim.traces import InputError
 
 DEMAND, PREFETCH = 0, 1
 """Priorities on a link; equal ones in order of arrival. What a link has begun to carry is not interrupted."""
 
 Steps = Generator[Any, Any, None]
+Loads = Generator[Any, Any, list[list[int]]]
+"""Ends with the tokens that each GPU computed in each layer, [L, G]."""
 Log = Callable[..., None]
 
 
@@ -59,7 +62,7 @@ def simulate(
     """
     dtype = dtype or scenario.spec.dtype
     _check_fits(scenario, profile, dtype)
-    run = _Run(scenario, Driver(policy, sink), profile, dtype, contention, event_log)
+    run = _Run(scenario, Driver(policy, sink), profile, dtype, contention, sink is None, event_log)
     run.env.run(until=run.env.process(run.all_steps(progress)))
     config = {
         **scenario.config(),
@@ -100,6 +103,7 @@ class _Run:
         profile: HardwareProfile,
         dtype: str,
         contention: Contention,
+        fast: bool,
         events: list[dict[str, Any]] | None,
     ) -> None:
         self.scenario, self.driver, self.dtype, self.contention = scenario, driver, dtype, contention
@@ -108,6 +112,9 @@ class _Run:
         self.env = simpy.Environment()
         self.records: list[StepRecord] = []
         self._events = events
+        usable_LEG = driver.residency.usable_LEG
+        static = fast and is_static(driver.policy, usable_LEG)
+        self._static = StaticSteps(scenario, usable_LEG, profile, dtype) if static else None
         expert_bytes = scenario.spec.expert_bytes(dtype)
         fabric = Fabric(self.env, profile, scenario.cluster.gpus)
         self.wires = Wires(self.env, contention)
@@ -126,6 +133,43 @@ class _Run:
         self._phase_s = dict.fromkeys(PHASES, 0.0)
         self._busy_G = np.zeros(cluster.gpus)
         self.copies.moved_bytes = self.copies.hidden_bytes = 0
+        if self._static:
+            load_LG = yield from self._static_layers(self._static.of(step))
+        else:
+            load_LG = yield from self._decided_layers(step)
+        self.records.append(
+            StepRecord(
+                duration_s=float(self.env.now) - begin,
+                tokens=len(step.tokens),
+                phase_s=self._phase_s,
+                load_LG=load_LG,
+                busy_s=self._busy_G.tolist(),
+                moved_bytes=self.copies.moved_bytes,
+                hidden_bytes=self.copies.hidden_bytes,
+            )
+        )
+
+    def _static_layers(self, work: StaticWork) -> Loads:
+        """The phases of a policy that moves nothing: no decisions to wait for, no copies that arrive."""
+        # Longest first in C: asking each layer for its maximum would take longer than the events.
+        attention_L, experts_L = (seconds.max(axis=1).tolist() for seconds in (work.attention_LG, work.experts_LG))
+        yield from self._phase("decide", self.decide_s)
+        for layer, exchange_s in enumerate(work.exchange_L):
+            self._where["layer"] = layer
+            self._busy_G += work.attention_LG[layer]
+            yield from self._phase("attention", attention_L[layer], gpu_s=work.attention_LG[layer])
+            yield from self._phase("decide", self.decide_s)
+            yield from self._exchange(exchange_s)
+            self._busy_G += work.experts_LG[layer]
+            arrays = {"gpu_s": work.experts_LG[layer], "tokens_G": work.load_LG[layer]}
+            yield from self._phase("experts", experts_L[layer], **arrays)
+            yield from self._exchange(exchange_s)
+        loads: list[list[int]] = work.load_LG.tolist()
+        return loads
+
+    def _decided_layers(self, step: StepInput) -> Loads:
+        """The phases of a policy that is asked at every decision point."""
+        cluster = self.scenario.cluster
         load_LG: list[list[int]] = []
         ranks = rank_tokens(step.tokens, step.rank, cluster.gpus, self.scenario.phase)
         stack = self.spec.stack(self.scenario.stack)
@@ -144,17 +188,7 @@ class _Run:
             load_LG.append(send_GEG.sum(axis=(0, 1)).tolist())
             yield from self._experts(send_GEG)
         self.driver.end_step()
-        self.records.append(
-            StepRecord(
-                duration_s=float(self.env.now) - begin,
-                tokens=len(step.tokens),
-                phase_s=self._phase_s,
-                load_LG=load_LG,
-                busy_s=self._busy_G.tolist(),
-                moved_bytes=self.copies.moved_bytes,
-                hidden_bytes=self.copies.hidden_bytes,
-            )
-        )
+        return load_LG
 
     def _decided(self, decide: Callable[[], list[Transfer]]) -> Steps:
         """A decision point: the time to decide, then the transfers begin, then the blocking ones are waited for."""
