@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moesim.sim.dispatch import Ints
 from moesim.sim.profile import Gpu, HardwareProfile
-from moesim.traces import ModelSpec, Phase, StackSpec, StepTokens
+from moesim.traces import ModelSpec, Phase, StackSpec, StepTokens, request_lengths
 from moesim.traces.spec import DTYPE_BYTES
 
 Seconds = NDArray[np.float64]
@@ -62,9 +62,9 @@ def rank_tokens(tokens: StepTokens, rank_T: Ints, gpus: int, phase: Phase) -> Ra
         cached_G = np.zeros(gpus, np.int64)
         np.add.at(cached_G, rank_T, tokens.position.astype(np.int64) + 1)
         return RankTokens(tokens_G=tokens_G, pairs_G=cached_G, cached_G=cached_G)
-    _, first, length = np.unique(tokens.request, return_index=True, return_counts=True)
+    length = request_lengths(tokens.request)
     pairs_G = np.zeros(gpus, np.int64)
-    np.add.at(pairs_G, rank_T[first], length.astype(np.int64) ** 2)
+    np.add.at(pairs_G, rank_T[np.cumsum(length) - length], length**2)
     return RankTokens(tokens_G=tokens_G, pairs_G=pairs_G, cached_G=np.zeros(gpus, np.int64))
 
 
@@ -122,18 +122,22 @@ def all_to_all_seconds(send_GG: Ints, profile: HardwareProfile, spec: ModelSpec,
     far_GG = node_G[:, None] != node_G[None, :]
     near_GG = ~far_GG & ~np.eye(G, dtype=np.bool_)
     near, far = (_busiest(np.where(part_GG, send_GG, 0)) for part_GG in (near_GG, far_GG))
-    return exchange_seconds(near, far, G, profile, spec, dtype)
+    return float(exchange_seconds(np.array(near), np.array(far), G, profile, spec, dtype))
 
 
-def exchange_seconds(near: int, far: int, gpus: int, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> float:
-    """`all_to_all_seconds` from the most vectors that one GPU sends or receives inside its node and between nodes."""
+def exchange_seconds(
+    near: Ints, far: Ints, gpus: int, profile: HardwareProfile, spec: ModelSpec, dtype: str
+) -> Seconds:
+    """`all_to_all_seconds` from the most vectors that one GPU sends or receives inside its node and between nodes,
+    arrays of any one shape."""
     if gpus == 1:
-        return 0.0
+        return np.zeros(near.shape)
     vector = spec.sized().d_model * DTYPE_BYTES[dtype]
-    near_s = profile.links.all_to_all.seconds(near * vector)
+    near_s: Seconds = profile.links.all_to_all.seconds(near * vector)
     if profile.links.network is None or gpus <= profile.node_size:
         return near_s
-    return max(near_s, profile.links.network.seconds(far * vector))
+    far_s: Seconds = profile.links.network.seconds(far * vector)
+    return np.maximum(near_s, far_s)
 
 
 def _busiest(send_GG: Ints) -> int:

@@ -118,8 +118,8 @@ class Link:
         _positive(self, "bytes_per_s")
         _share(self, "efficiency")
 
-    def seconds(self, nbytes: float) -> float:
-        """Time of one message of `nbytes` bytes that has the link to itself."""
+    def seconds(self, nbytes: Any) -> Any:
+        """Time of one message of `nbytes` bytes (a number, or an array of them) that has the link to itself."""
         return self.latency_s + nbytes / (self.bytes_per_s * self.efficiency)
 
 

@@ -89,14 +89,19 @@ class Residency:
             raise PolicyError(
                 f"placement has shape {experts_LGS.shape}, the cluster needs {(c.layers, c.gpus, c.layer_slots)}"
             )
-        for layer, gpu, i in np.argwhere(experts_LGS != EMPTY):
-            expert, slot = int(experts_LGS[layer, gpu, i]), int(layer) * c.layer_slots + int(i)
-            if not 0 <= expert < c.experts:
-                raise PolicyError(f"placement of layer {layer}: expert {expert} does not exist")
-            if self.usable_LEG[layer, expert, gpu]:
-                raise PolicyError(f"placement of layer {layer}: expert {expert} is twice on GPU {gpu}")
-            self._fill(int(gpu), slot, int(layer), expert)
-            self.usable_LEG[layer, expert, gpu] = True
+        layer_X, gpu_X, slot_X = np.nonzero(experts_LGS != EMPTY)
+        expert_X = experts_LGS[layer_X, gpu_X, slot_X]
+        if len(wrong := np.flatnonzero((expert_X < 0) | (expert_X >= c.experts))):
+            at = wrong[0]
+            raise PolicyError(f"placement of layer {layer_X[at]}: expert {expert_X[at]} does not exist")
+        copies_LEG = np.zeros(self.usable_LEG.shape, np.int32)
+        np.add.at(copies_LEG, (layer_X, expert_X, gpu_X), 1)
+        if len(twice := np.argwhere(copies_LEG > 1)):
+            layer, expert, gpu = twice[0]
+            raise PolicyError(f"placement of layer {layer}: expert {expert} is twice on GPU {gpu}")
+        self.layer_GS[gpu_X, layer_X * c.layer_slots + slot_X] = layer_X
+        self.expert_GS[gpu_X, layer_X * c.layer_slots + slot_X] = expert_X
+        self.usable_LEG |= copies_LEG > 0
         self._check_nothing_lost(range(c.layers))
 
     def begin(self, transfers: list[Transfer]) -> None:

@@ -1,7 +1,7 @@
 """Steps of policies that never move an expert: all layers at once, so that large clusters are simulated fast.
 
 Gives the same numbers, to the bit, as deciding and dispatching layer by layer (tests/sim/test_static.py); the engine
-takes this way where nobody wants the decision log. Shape letters: L MoE layers, E experts, G GPUs.
+takes this way where nobody wants a log. Shape letters: L MoE layers, E experts, G GPUs.
 """
 
 from __future__ import annotations
@@ -40,37 +40,23 @@ class StaticSteps:
 
     def of(self, step: StepInput) -> StaticWork:
         """Count one step."""
-        from moesim.sim.kernels import route  # compiled: only who runs a static policy pays for it
+        from moesim.sim.kernels import on_gpus, route  # compiled: only who runs a static policy pays for it
 
-        c, spec = self._scenario.cluster, self._scenario.spec
+        c, spec, gpu = self._scenario.cluster, self._scenario.spec, self._profile.gpu
         load_LE = np.zeros((c.layers, c.experts), np.int64)
-        sent_2LG, got_2LG = (np.zeros((2, c.layers, c.gpus), np.int64) for _ in range(2))
+        sent_2LG, got_2LG = np.zeros((2, 2, c.layers, c.gpus), np.int64)
+        load_LG, distinct_LG, rows_LG = np.zeros((3, c.layers, c.gpus), np.int64)
         ids = np.ascontiguousarray(step.ids)
         route(ids, step.dropped, step.rank, self._holder_LE, self._node_G, load_LE, sent_2LG, got_2LG)
-        near_L, far_L = np.maximum(sent_2LG.max(axis=2), got_2LG.max(axis=2)).tolist()
+        on_gpus(load_LE, self._holder_LE, gpu.tile_rows, load_LG, distinct_LG, rows_LG)
+        near_L, far_L = np.maximum(sent_2LG.max(axis=2), got_2LG.max(axis=2))
         ranks = rank_tokens(step.tokens, step.rank, c.gpus, self._scenario.phase)
         return StaticWork(
-            attention_LG=attention_seconds(
-                ranks, spec.stack(self._scenario.stack), self._profile.gpu, spec, self._dtype
-            ),
-            experts_LG=expert_seconds_of(*self._on_gpus(load_LE), self._profile.gpu, spec, self._dtype),
-            exchange_L=[
-                exchange_seconds(near, far, c.gpus, self._profile, spec, self._dtype)
-                for near, far in zip(near_L, far_L, strict=True)
-            ],
-            load_LG=self._per_gpu(load_LE),
+            attention_LG=attention_seconds(ranks, spec.stack(self._scenario.stack), gpu, spec, self._dtype),
+            experts_LG=expert_seconds_of(distinct_LG, rows_LG, gpu, spec, self._dtype),
+            exchange_L=exchange_seconds(near_L, far_L, c.gpus, self._profile, spec, self._dtype).tolist(),
+            load_LG=load_LG,
         )
-
-    def _on_gpus(self, load_LE: Ints) -> tuple[Ints, Ints]:
-        """([L, G] distinct experts with tokens, [L, G] rows in whole tiles)."""
-        tile = self._profile.gpu.tile_rows
-        return self._per_gpu(load_LE > 0), self._per_gpu(-(-load_LE // tile)) * tile
-
-    def _per_gpu(self, value_LE: NDArray[np.generic]) -> Ints:
-        L, G = len(value_LE), self._scenario.cluster.gpus
-        key = self._holder_LE + np.arange(L)[:, None] * G
-        summed = np.bincount(key.ravel(), weights=value_LE.ravel().astype(np.float64), minlength=L * G)
-        return summed.astype(np.int64).reshape(L, G)
 
 
 def is_static(policy: Policy, usable_LEG: NDArray[np.bool_]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Literal, get_args
 
 import numpy as np
@@ -180,13 +181,20 @@ def assign_ranks(request_T: NDArray[np.int32], ranks: int) -> NDArray[np.int64]:
 
     Whole requests go, in order, to the rank with the fewest tokens so far; ties to the lowest rank.
     """
-    found, first, inverse, count = np.unique(request_T, return_index=True, return_inverse=True, return_counts=True)
-    rank_of = np.zeros(len(found), np.int64)
-    held = np.zeros(ranks, np.int64)
-    for i in np.argsort(first, kind="stable"):
-        rank_of[i] = int(np.argmin(held))
-        held[rank_of[i]] += count[i]
-    return rank_of[inverse]
+    lengths = request_lengths(request_T)
+    rank_of = np.empty(len(lengths), np.int64)
+    held = [(0, rank) for rank in range(ranks)]  # a heap: the rank with the fewest tokens, then the lowest, is first
+    for i, length in enumerate(lengths.tolist()):
+        tokens, rank = held[0]
+        rank_of[i] = rank
+        heapreplace(held, (tokens + length, rank))
+    return np.repeat(rank_of, lengths)
+
+
+def request_lengths(request_T: NDArray[np.int32]) -> NDArray[np.int64]:
+    """[R] tokens of each request of a step, whose tokens stand together."""
+    ends = np.flatnonzero(np.append(request_T[1:] != request_T[:-1], True)) + 1 if len(request_T) else np.zeros(0, int)
+    return np.diff(ends, prepend=0)
 
 
 def vocabulary_ids(tokens: TokenTable | StepTokens) -> NDArray[np.int32]:
