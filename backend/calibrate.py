@@ -130,7 +130,7 @@ def _attention(job: Job, executor: Executor, scenario: Scenario) -> tuple[RankTo
         job.say(executor.ranks.rank, 0.5 + 0.05 * repeat, "attention")
         executor.run(policy)
         runs.append(executor.measured.phase_NGLP[:, :, :, ATTENTION].sum(axis=2))
-    attended = [rank_tokens(s.tokens, s.rank, executor.ranks.size, scenario.phase) for s in scenario.steps()]
+    attended = [rank_tokens(s.tokens, s.rank, executor.ranks.size, s.decode) for s in scenario.steps()]
     together = RankTokens(
         tokens_G=np.concatenate([r.tokens_G for r in attended]),
         pairs_G=np.concatenate([r.pairs_G for r in attended]),

@@ -111,13 +111,13 @@ def _phase_table(results: list[Result]) -> Table:
         table.add_column(phase, justify="right")
     for result in results:
         spent = result.phase_s()
-        table.add_row(result.policy, *(f"{1e3 * spent[phase] / len(result.steps):.3f}" for phase in PHASES))
+        table.add_row(result.policy, *(f"{1e3 * spent[phase] / result.totals.steps:.3f}" for phase in PHASES))
     return table
 
 
 def _share_table(results: list[Result]) -> Table:
     table = _table("Where the GPUs' time goes, mean over the GPUs")
-    shares = [result.time_shares() for result in results]
+    shares = [result.totals.time_shares() for result in results]
     for name in shares[0]:
         table.add_column(name, justify="right")
     for result, share in zip(results, shares, strict=True):

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, get_args
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
-from moesim.cli.options import workload_options
+from moesim.cli.options import execution_options, fault_option, serving_options, workload_options
 from moesim.cli.picture import load_over_time
 from moesim.cli.report import print_results, results_json
-from moesim.sim.contention import Contention
-from moesim.sim.engine import simulate as run_simulation
-from moesim.sim.policies import POLICIES, make_policy, needs_tokens, recipe
-from moesim.sim.profile import HardwareProfile, load_profile, shipped_profiles
+from moesim.sim.execution import Execution
+from moesim.sim.faults import Fault
+from moesim.sim.log import read_log
+from moesim.sim.policies import POLICIES, needs_tokens, offloading, recipe
+from moesim.sim.profile import load_profile, shipped_profiles
 from moesim.sim.results import Result, save_results
-from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
+from moesim.sim.runs import Inputs, run_policies
+from moesim.sim.scenario import STACK_OF_PHASE, make_scenario
+from moesim.sim.serving import Serving
 from moesim.sim.timeline import timeline as make_timeline
 from moesim.traces import InputError, ModelSpec, Phase, Workload
-from moesim.traces.spec import DTYPE_BYTES, PUBLISHED
+from moesim.traces.errors import MoesimError
+from moesim.traces.spec import PUBLISHED
 
 if TYPE_CHECKING:
     from moesim.traces.store import Trace
@@ -38,48 +42,48 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option("--policy", required=True, help=f"Comma-separated, or all: {', '.join(POLICIES)}.")
-@click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
+@click.option("--baseline", help="What speedups refer to.  [default: contiguous; with --resident: on-demand]")
 @click.option("--profile", required=True, help=f"A file of moesim calibrate, or: {', '.join(shipped_profiles())}.")
 @click.option("--gpus", type=int, help="GPUs of the profile to use.  [default: all]")
 @workload_options
 @click.option("--phase", type=click.Choice([p.name.lower() for p in Phase]), help="[default: encoder, else prefill]")
 @click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
+@click.option("--resident", type=int, help="Slots per GPU and layer where host memory has the rest.  [default: all]")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Run only the first steps.")
-@click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Weights and activations.  [default: as recorded]")
 @click.option(
     "--shapes",
     type=click.Choice(list(PUBLISHED)),
     help="Cost the recorded routing in a model of these widths.  [default: own]",
 )
+@execution_options
+@serving_options
+@fault_option
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Policies at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
 @click.option("--out", type=file_option, help="Write the results here, for moesim compare; kept on Ctrl-C.")
 @click.option("--picture", type=file_option, help="Draw the load of each GPU over time under every policy, PNG.")
-@click.option(
-    "--contention",
-    type=click.Choice(get_args(Contention)),
-    default="none",
-    show_default=True,
-    help="Copies and all-to-alls on the same wires: ignore each other, copies pause, both get half.",
-)
 @click.option("--timeline", type=file_option, help="Write what happens when for Perfetto or Chrome, JSON.")
-@click.option("--event-log", type=file_option, help="Write what happens when, as JSON lines.")
+@click.option("--event-log", type=file_option, help="Write what happens when, as JSON lines, for moesim explain.")
 @click.option("--decision-log", type=file_option, help="Write the policies' decisions, as JSON lines.")
 def simulate(
     trace: Path,
     policy: str,
-    baseline: str,
+    baseline: str | None,
     profile: str,
     gpus: int | None,
     workload: Workload,
     phase: str | None,
     extra_slots: int,
+    resident: int | None,
     max_steps: int | None,
-    dtype: str | None,
     shapes: str | None,
+    execution: Execution,
+    serving: Serving | None,
+    faults: tuple[Fault, ...],
+    workers: int,
     as_json: bool,
     out: Path | None,
     picture: Path | None,
-    contention: Contention,
     timeline: Path | None,
     event_log: Path | None,
     decision_log: Path | None,
@@ -91,10 +95,12 @@ def simulate(
     \b
     moesim simulate mini.moetrace --policy all --profile 8xH100-NVLink
     moesim simulate mini.moetrace --policy all --profile 8xA100-NVLink --gpus 4 --shapes switch-base --dtype bfloat16
-    moesim simulate mini.moetrace --policy eplb --profile here.json --gpus 2 --phase decode --json
+    moesim simulate mini.moetrace --policy eplb --profile 8xH100-NVLink --arrivals poisson:500 --ttft-ms 200
+    moesim simulate mini.moetrace --policy all --profile 1xRTX4090-PCIe --resident 8 --phase decode --batch-tokens 4
     moesim simulate mini.moetrace --policy all --profile here.json --gpus 2 --out simulated.json
     """
-    names = policy_names(policy, baseline)
+    baseline = baseline or ("contiguous" if resident is None else "on-demand")
+    names = policy_names(policy, baseline, offload=resident is not None)
     hardware = load_profile(profile)
     gpus = hardware.gpus if gpus is None else gpus
     hardware.check_gpus(gpus)
@@ -104,6 +110,8 @@ def simulate(
     spec = opened.spec.with_widths(shapes) if shapes else opened.spec
     spec.sized()
     which = Phase[phase.upper()] if phase else default_phase(spec)
+    if serving and max_steps:
+        raise InputError("--max-steps and --arrivals exclude each other: an open loop ends with its --requests")
     scenario = make_scenario(
         spec,
         opened.rows(STACK_OF_PHASE[which]),
@@ -111,23 +119,29 @@ def simulate(
         gpus=gpus,
         workload=workload,
         extra_slots=extra_slots,
+        resident=resident,
         max_steps=max_steps,
         request_texts=opened.request_texts,
+        served=serving is not None,
     )
-    results: list[Result] = []
-    happened: dict[str, list[dict[str, Any]]] | None = {} if timeline else None
+    inputs = Inputs(
+        scenario=scenario,
+        profile=hardware,
+        execution=execution,
+        serving=serving,
+        faults=faults,
+        keep_steps=picture is not None,
+    )
     with ExitStack() as stack:
-        events, decisions, drawn = (stack.enter_context(_opened(path)) for path in (event_log, decision_log, timeline))
-        try:
-            for result in _run_all(names, scenario, hardware, dtype, contention, events, decisions, happened):
-                results.append(result)
-                if out:
-                    _save(results, out)
-        except KeyboardInterrupt:
-            click.echo(_interrupted(results, out), err=True)
-            raise click.exceptions.Exit(INTERRUPTED) from None
-        if drawn and happened is not None:
-            json.dump(make_timeline(happened), drawn)
+        wanted = {"events": event_log, "decisions": decision_log}
+        if timeline and not event_log:
+            wanted["events"] = Path(stack.enter_context(TemporaryDirectory(prefix="moesim-"))) / "events.jsonl"
+        logs = {log: path for log, path in wanted.items() if path}
+        for path in [*logs.values(), *([timeline] if timeline else [])]:
+            _check_writable(path)
+        results = _run_all(names, inputs, logs, workers, out)
+        if timeline:
+            timeline.write_text(json.dumps(make_timeline(read_log(logs["events"]))), encoding="utf-8")
     if picture:
         load_over_time(results, picture, "Tokens on each GPU, layer after layer")
     if as_json:
@@ -136,10 +150,50 @@ def simulate(
         print_results(results, baseline)
 
 
-def policy_names(policy: str, baseline: str) -> list[str]:
-    """The baseline, then the policies of a comma-separated list (or all), each once. Raises InputError for an unknown
-    name."""
-    asked = list(POLICIES) if policy.strip() == "all" else [name.strip() for name in policy.split(",") if name.strip()]
+def _run_all(names: list[str], inputs: Inputs, logs: dict[str, Path], workers: int, out: Path | None) -> list[Result]:
+    """All results, each kept as soon as it is there. Raises InputError naming what had finished where one fails."""
+    results: list[Result] = []
+    try:
+        for result in _with_progress(names, inputs, logs, workers):
+            results.append(result)
+            if out:
+                _save(results, out)
+    except KeyboardInterrupt:
+        click.echo(_interrupted(results, out), err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    except MoesimError as error:
+        if not results:
+            raise
+        done = ", ".join(result.policy for result in results)
+        kept = f"kept in {out}" if out else "not kept (--out FILE keeps it)"
+        raise InputError(f"{names[len(results)]}: {error}; done before and {kept}: {done}") from None
+    return results
+
+
+def _with_progress(names: list[str], inputs: Inputs, logs: dict[str, Path], workers: int) -> Iterator[Result]:
+    """Results with a progress bar where stderr is a terminal: steps of each policy, or policies with workers."""
+    console = Console(stderr=True)
+    steps = len(inputs.scenario.batches) or None
+    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        together = progress.add_task("policies", total=len(names))
+        tasks = {} if workers > 1 else {name: progress.add_task(name, total=steps, start=False) for name in names}
+
+        def tick(name: str, done: int) -> None:
+            progress.start_task(tasks[name])
+            progress.update(tasks[name], completed=done)
+
+        for result in run_policies(names, inputs, logs=logs, workers=workers, progress=tick if tasks else None):
+            progress.advance(together)
+            yield result
+
+
+def policy_names(policy: str, baseline: str, offload: bool = False) -> list[str]:
+    """The baseline, then the policies of a comma-separated list, each once; `all` are those that need every expert on a
+    GPU or, with `offload`, those that do not. Raises InputError for an unknown name."""
+    if policy.strip() == "all":
+        asked: Sequence[str] = offloading() if offload else [name for name in POLICIES if name not in offloading()]
+    else:
+        asked = [name.strip() for name in policy.split(",") if name.strip()]
     names = list(dict.fromkeys([baseline, *asked]))
     for name in names:
         recipe(name)
@@ -166,60 +220,13 @@ def _open(path: Path) -> Trace:
     return Trace.open(path)
 
 
-def _run_all(
-    names: list[str],
-    scenario: Scenario,
-    hardware: HardwareProfile,
-    dtype: str | None,
-    contention: Contention,
-    events: TextIO | None,
-    decisions: TextIO | None,
-    kept: dict[str, list[dict[str, Any]]] | None,
-) -> Iterator[Result]:
-    """Simulate one policy after the other, with a progress bar where stderr is a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        for name in names:
-            task = progress.add_task(name, total=len(scenario.batches))
-            happened: list[dict[str, Any]] | None = [] if events or kept is not None else None
-            result = run_simulation(
-                scenario,
-                make_policy(name, scenario.cluster, scenario.fit),
-                hardware,
-                sink=partial(_write, decisions, name) if decisions else None,
-                dtype=dtype,
-                contention=contention,
-                event_log=happened,
-                progress=partial(_tick, progress, task),
-            )
-            for event in (happened or ()) if events else ():
-                _write(events, name, event)
-            if kept is not None and happened is not None:
-                kept[name] = happened
-            yield result
-
-
-def _tick(progress: Progress, task: TaskID, done: int) -> None:
-    progress.update(task, completed=done)
-
-
-def _write(file: TextIO | None, policy: str, record: dict[str, Any]) -> None:
-    assert file is not None, "only called where there is a log"
-    file.write(json.dumps({"policy": policy, **record}, sort_keys=True, separators=(",", ":")) + "\n")
-
-
-@contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO | None]:
-    if path is None:
-        yield None
-        return
+def _check_writable(path: Path) -> None:
+    """Before anything is run: a log that cannot be written is no reason to lose an hour."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", encoding="utf-8")
+        path.touch()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    with file:
-        yield file
 
 
 def _save(results: list[Result], out: Path) -> None:

@@ -8,13 +8,12 @@ Latency is slowed with the bytes. Which wire a copy is on is not told apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import simpy
 
-from moesim.traces.errors import InputError
+from moesim.sim.execution import Contention
 
-Contention = Literal["none", "pause", "share"]
 Steps = Generator[Any, Any, None]
 
 
@@ -22,8 +21,6 @@ class Wires:
     """Lets copies and all-to-alls take their time, longer where they meet."""
 
     def __init__(self, env: simpy.Environment, contention: Contention) -> None:
-        if contention not in get_args(Contention):
-            raise InputError(f"unknown contention {contention!r}; known: {', '.join(get_args(Contention))}")
         self._env, self._contention = env, contention
         self._copies = self._exchanges = 0
         self._changed = env.event()

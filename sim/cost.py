@@ -1,7 +1,7 @@
 """The cost model: seconds of each phase from token counts, a model spec and a hardware profile. Pure functions.
 
 Every term is a launch overhead plus a roofline, max(FLOPs / rate, bytes / HBM); a GPU without tokens costs nothing. Not
-in the model: embedding and output head, activations' HBM traffic, copies slowing the all-to-all down or the reverse.
+in the model: embedding and output head, activations' HBM traffic.
 Shape letters: E experts, G GPUs, L MoE layers. Knows nothing about time or policies.
 """
 
@@ -14,26 +14,28 @@ from numpy.typing import NDArray
 
 from moesim.sim.dispatch import Ints
 from moesim.sim.profile import Gpu, HardwareProfile
-from moesim.traces import ModelSpec, Phase, StackSpec, StepTokens, request_lengths
+from moesim.traces import ModelSpec, StackSpec, StepTokens, request_lengths
 from moesim.traces.spec import DTYPE_BYTES
 
 Seconds = NDArray[np.float64]
 
 
-def expert_seconds(tokens_EG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str) -> Seconds:
+def expert_seconds(tokens_EG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str, taken_G: float | Seconds = 0.0) -> Seconds:
     """[G] one layer's experts: launch + expert_s x distinct + max(their weights / HBM, tiled FLOPs / rate).
 
     Every expert's tokens are rounded up to whole tiles. At few tokens the weights dominate and a replica costs another
-    read of them; at many the FLOPs do and a replica pays.
+    read of them; at many the FLOPs do and a replica pays. `taken_G`: bytes/s of HBM that copies use meanwhile.
     """
     distinct_G = (tokens_EG > 0).sum(axis=0)
     rows_G = (-(-tokens_EG // gpu.tile_rows)).sum(axis=0) * gpu.tile_rows
-    return expert_seconds_of(distinct_G, rows_G, gpu, spec, dtype)
+    return expert_seconds_of(distinct_G, rows_G, gpu, spec, dtype, taken_G)
 
 
-def expert_seconds_of(distinct: Ints, rows: Ints, gpu: Gpu, spec: ModelSpec, dtype: str) -> Seconds:
+def expert_seconds_of(
+    distinct: Ints, rows: Ints, gpu: Gpu, spec: ModelSpec, dtype: str, taken: float | Seconds = 0.0
+) -> Seconds:
     """`expert_seconds` from the number of distinct experts and of rows in whole tiles, arrays of any one shape."""
-    read = distinct * spec.expert_bytes(dtype) / gpu.hbm_rate
+    read = distinct * spec.expert_bytes(dtype) / (gpu.hbm_rate - taken)
     compute = rows * (2 * spec.expert_params()) / gpu.matmul_rate(dtype)
     total = gpu.launch_s + gpu.expert_s * distinct + np.maximum(read, compute)
     return np.where(distinct > 0, total, 0.0)
@@ -51,43 +53,56 @@ class RankTokens:
     """[G] positions whose keys and values are read from the KV cache, 0 outside decode."""
 
 
-def rank_tokens(tokens: StepTokens, rank_T: Ints, gpus: int, phase: Phase) -> RankTokens:
-    """Count what each rank attends over.
+def rank_tokens(tokens: StepTokens, rank_T: Ints, gpus: int, decode: bool | NDArray[np.bool_]) -> RankTokens:
+    """Count what each rank attends over; the tokens of a request stand together.
 
-    Encoder and prefill: a request's tokens in the step are its whole length, and all n^2 pairs are computed (a causal
-    kernel that skips half of them is not assumed). Decode: one query over position + 1 cached positions.
+    c tokens of a request from position s on compute all c (s + c) pairs with what is before them (a causal kernel that
+    skips some is not assumed) and read the keys and values of s + c positions where s of them are cached. A whole
+    request has s = 0; in decode c = 1. `decode` (of all or of each token [T]): even the first token reads its cache.
     """
     tokens_G = np.bincount(rank_T, minlength=gpus)
-    if phase is Phase.DECODE:
-        cached_G = np.zeros(gpus, np.int64)
-        np.add.at(cached_G, rank_T, tokens.position.astype(np.int64) + 1)
-        return RankTokens(tokens_G=tokens_G, pairs_G=cached_G, cached_G=cached_G)
     length = request_lengths(tokens.request)
-    pairs_G = np.zeros(gpus, np.int64)
-    np.add.at(pairs_G, rank_T[np.cumsum(length) - length], length**2)
-    return RankTokens(tokens_G=tokens_G, pairs_G=pairs_G, cached_G=np.zeros(gpus, np.int64))
+    first = np.cumsum(length) - length
+    start = tokens.position[first].astype(np.int64)
+    seen = start + length
+    pairs_G, cached_G = np.zeros((2, gpus), np.int64)
+    np.add.at(pairs_G, rank_T[first], length * seen)
+    cached = (start > 0) | np.broadcast_to(decode, rank_T.shape)[first]
+    np.add.at(cached_G, rank_T[first], np.where(cached, seen, 0))
+    return RankTokens(tokens_G=tokens_G, pairs_G=pairs_G, cached_G=cached_G)
 
 
-def layer_seconds(ranks: RankTokens, gpu: Gpu, spec: ModelSpec, dtype: str, *, moe: bool, cross: bool) -> Seconds:
+def shared_by(ranks: RankTokens, size: int) -> RankTokens:
+    """What groups of `size` GPUs share that hold the same requests: all count what their first one was given."""
+    leader = np.arange(len(ranks.tokens_G)) // size * size
+    counts = (ranks.tokens_G, ranks.pairs_G, ranks.cached_G)
+    tokens_G, pairs_G, cached_G = (count_G[leader] for count_G in counts)
+    return RankTokens(tokens_G=tokens_G, pairs_G=pairs_G, cached_G=cached_G)
+
+
+def layer_seconds(
+    ranks: RankTokens, gpu: Gpu, spec: ModelSpec, dtype: str, *, moe: bool, cross: bool, shared: int = 1
+) -> Seconds:
     """[G] attention and dense parts of one layer: attention.launch + max(FLOPs / rate, (weights + KV cache) / HBM).
 
     `moe`: a layer with experts has its router and shared experts here; a dense layer has its own FFN.
     `cross`: the decoder of an encoder-decoder attends to the encoder as well. How long the encoder's input was is not
     in the trace; it is taken to be as long as what self attention sees. In decode its keys and values are cached.
+    `shared`: GPUs that split heads, dense weights and KV cache evenly (tensor parallelism); each runs the router.
     """
     w, size = spec.sized(), DTYPE_BYTES[dtype]
     inner = w.num_heads * w.d_kv
     outer, keys = w.d_model * inner, w.d_model * w.kv_width  # one of Q and O; K and V together
     router = w.d_model * spec.num_experts if moe else 0
-    dense = 2 * outer + keys + w.ffn_params(w.shared_d_ff if moe else w.dense_d_ff) + router
-    T, pairs, cached = ranks.tokens_G, ranks.pairs_G, ranks.cached_G
+    dense = (2 * outer + keys + w.ffn_params(w.shared_d_ff if moe else w.dense_d_ff)) / shared + router
+    T, pairs, cached = ranks.tokens_G, ranks.pairs_G / shared, ranks.cached_G / shared
     flops_G = 2 * T * dense + 4 * pairs * inner
     read_G = dense * size + cached * w.kv_width * size
     if cross:
         # Q and O of the decoder's tokens; K and V of the encoder's, once, in prefill.
         of_encoder = np.where(cached > 0, 0, T)
-        flops_G = flops_G + 2 * (2 * T * outer + of_encoder * keys) + 4 * pairs * inner
-        read_G = read_G + (2 * outer + keys) * size + cached * w.kv_width * size
+        flops_G = flops_G + 2 * (2 * T * outer + of_encoder * keys) / shared + 4 * pairs * inner
+        read_G = read_G + (2 * outer + keys) / shared * size + cached * w.kv_width * size
     total_G = gpu.attention.launch_s + np.maximum(flops_G / gpu.attention_rate(dtype), read_G / gpu.hbm_rate)
     return np.where(T > 0, total_G, 0.0)
 
@@ -101,12 +116,43 @@ def dense_layers_before(stack: StackSpec) -> tuple[int, ...]:
     return tuple(between)
 
 
-def attention_seconds(ranks: RankTokens, stack: StackSpec, gpu: Gpu, spec: ModelSpec, dtype: str) -> Seconds:
+def attention_seconds(
+    ranks: RankTokens, stack: StackSpec, gpu: Gpu, spec: ModelSpec, dtype: str, shared: int = 1
+) -> Seconds:
     """[L, G] what runs between the experts of one MoE layer and the router of the next, see `dense_layers_before`."""
-    cross = stack.name == "decoder" and len(spec.stacks) == 2
-    moe_G = layer_seconds(ranks, gpu, spec, dtype, moe=True, cross=cross)
-    dense_G = layer_seconds(ranks, gpu, spec, dtype, moe=False, cross=cross)
+    moe_G, dense_G = layers_seconds(ranks, stack, gpu, spec, dtype, shared)
     return moe_G + np.array(dense_layers_before(stack))[:, None] * dense_G
+
+
+def layers_seconds(
+    ranks: RankTokens, stack: StackSpec, gpu: Gpu, spec: ModelSpec, dtype: str, shared: int = 1
+) -> tuple[Seconds, Seconds]:
+    """`layer_seconds` of an MoE layer and of a dense one of `stack`, in the shape of the counts."""
+    cross = stack.name == "decoder" and len(spec.stacks) == 2
+    moe = layer_seconds(ranks, gpu, spec, dtype, moe=True, cross=cross, shared=shared)
+    return moe, layer_seconds(ranks, gpu, spec, dtype, moe=False, cross=cross, shared=shared)
+
+
+def all_reduce_seconds(tokens: int, gpus: int, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> float:
+    """One all-reduce of `tokens` hidden vectors over `gpus` GPUs of a node: latency + 2 (n - 1) / n of their bytes over
+    the bandwidth of collectives (a ring, or NVLink's own reduction at that rate); nothing on one GPU."""
+    if gpus == 1:
+        return 0.0
+    nbytes = tokens * spec.sized().d_model * DTYPE_BYTES[dtype]
+    return float(profile.links.all_to_all.seconds(2 * (gpus - 1) / gpus * nbytes))
+
+
+def host_seconds(tokens_E: Ints, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> float:
+    """Experts on the host's CPU, one after the other: max(weights / memory bandwidth, FLOPs / rate) each, and their
+    hidden vectors over the host link and back. Source: Fiddler (arXiv 2402.07033). Raises InputError where the profile
+    does not describe the CPU."""
+    cpu, used = profile.known_cpu(), tokens_E[tokens_E > 0]
+    if not len(used):
+        return 0.0
+    read_s = spec.expert_bytes(dtype) / cpu.bytes_per_s
+    compute = np.maximum(read_s, used * (2 * spec.expert_params()) / cpu.flops_per_s)
+    vectors = int(used.sum()) * spec.sized().d_model * DTYPE_BYTES[dtype]
+    return float(compute.sum() + 2 * profile.links.host.link.seconds(vectors))
 
 
 def all_to_all_seconds(send_GG: Ints, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> float:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from moesim.traces.errors import PolicyError
 
 Ints = NDArray[np.int64]
-Split = Callable[[Ints, NDArray[np.bool_]], Ints]
-"""(load_E, usable_EG) -> tokens_EG with row sums load_E and zeros where an expert is not usable."""
+Floats = NDArray[np.float64]
+Split = Callable[[Ints, NDArray[np.bool_], Floats], Ints]
+"""(load_E, usable_EG, slowdown_G) -> tokens_EG with row sums load_E and zeros where an expert is not usable."""
 
 
-def even_split(load_E: Ints, usable_EG: NDArray[np.bool_]) -> Ints:
-    """Each expert's tokens in equal parts over its replicas, the remainder to the lowest GPUs (EPLB, vLLM, SGLang)."""
+def even_split(load_E: Ints, usable_EG: NDArray[np.bool_], _slowdown_G: Floats | None = None) -> Ints:
+    """Each expert's tokens in equal parts over its replicas, the remainder to the lowest GPUs (EPLB, vLLM, SGLang);
+    how fast the GPUs are does not matter to it."""
     copies_E = usable_EG.sum(axis=1)
     _need_a_copy(load_E, copies_E)
     share_E, rest_E = np.divmod(load_E, np.maximum(copies_E, 1))
@@ -26,24 +28,27 @@ def even_split(load_E: Ints, usable_EG: NDArray[np.bool_]) -> Ints:
     return np.where(usable_EG, share_E[:, None] + (order_EG < rest_E[:, None]), 0).astype(np.int64)
 
 
-def exact_split(load_E: Ints, usable_EG: NDArray[np.bool_]) -> Ints:
+def exact_split(load_E: Ints, usable_EG: NDArray[np.bool_], slowdown_G: Floats | None = None) -> Ints:
     """The split with the smallest possible busiest GPU, in whole tokens (the optimum of LPLB's linear program).
 
     Experts with several copies are poured, heaviest first, into their GPUs; then tokens are moved along chains of
-    shared experts away from the busiest GPU until no chain leads to a GPU with at least two tokens fewer. Then no split
-    is better: the GPUs that a chain reaches hold at least max - 1 tokens each, which can go nowhere else.
+    shared experts away from the busiest GPU until no chain leads to one that would be less busy with one more. Then no
+    split is better: the GPUs that a chain reaches hold at least max - 1 tokens each, which can go nowhere else. Where
+    GPUs differ in speed, how busy one is is its tokens times its slowdown.
     """
+    slowdown_G = np.ones(usable_EG.shape[1]) if slowdown_G is None else slowdown_G
+    uneven = bool((slowdown_G != 1).any())
     copies_E = usable_EG.sum(axis=1)
     _need_a_copy(load_E, copies_E)
     tokens_EG = np.where(usable_EG & (copies_E == 1)[:, None], load_E[:, None], 0).astype(np.int64)
     load_G = tokens_EG.sum(axis=0)
-    least = max(int(load_G.max()), -(-int(load_E.sum()) // len(load_G)))
+    least = 0 if uneven else max(int(load_G.max()), -(-int(load_E.sum()) // len(load_G)))
     shared = np.flatnonzero((copies_E > 1) & (load_E > 0))
     for expert in shared[np.argsort(-load_E[shared], kind="stable")]:
         gpus = np.flatnonzero(usable_EG[expert])
         tokens_EG[expert, gpus] = _pour(int(load_E[expert]), load_G[gpus])
         load_G[gpus] += tokens_EG[expert, gpus]
-    while load_G.max() > least and _relieve(tokens_EG, load_G, usable_EG, shared):
+    while load_G.max() > least and _relieve(tokens_EG, load_G, usable_EG, shared, slowdown_G):
         pass
     return tokens_EG
 
@@ -97,10 +102,13 @@ def _pour(tokens: int, load_X: Ints) -> Ints:
     return added
 
 
-def _relieve(tokens_EG: Ints, load_G: Ints, usable_EG: NDArray[np.bool_], shared: NDArray[np.intp]) -> bool:
-    """Move tokens from the busiest GPU along the shortest chain of shared experts to a GPU with at least two fewer;
-    False where there is no such chain. Changes `tokens_EG` and `load_G`."""
-    start = int(np.argmax(load_G))
+def _relieve(
+    tokens_EG: Ints, load_G: Ints, usable_EG: NDArray[np.bool_], shared: NDArray[np.intp], slowdown_G: Floats
+) -> bool:
+    """Move tokens from the busiest GPU along the shortest chain of shared experts to one that is less busy even with a
+    token more; False where there is no such chain. Changes `tokens_EG` and `load_G`."""
+    busy_G = load_G * slowdown_G
+    start = int(np.argmax(busy_G))
     came_from: dict[int, tuple[int, int]] = {}
     reached = [start]
     for gpu in reached:
@@ -110,20 +118,24 @@ def _relieve(tokens_EG: Ints, load_G: Ints, usable_EG: NDArray[np.bool_], shared
                     continue
                 came_from[int(to)] = (gpu, int(expert))
                 reached.append(int(to))
-                if load_G[to] <= load_G[start] - 2:
-                    _move_along(tokens_EG, load_G, came_from, start, int(to))
+                if busy_G[to] + slowdown_G[to] < busy_G[start]:
+                    level = (busy_G[start] - busy_G[to]) / (slowdown_G[start] + slowdown_G[to])
+                    _move_along(tokens_EG, load_G, came_from, (start, int(to)), max(int(level), 1))
                     return True
     return False
 
 
-def _move_along(tokens_EG: Ints, load_G: Ints, came_from: dict[int, tuple[int, int]], start: int, end: int) -> None:
+def _move_along(
+    tokens_EG: Ints, load_G: Ints, came_from: dict[int, tuple[int, int]], ends: tuple[int, int], most: int
+) -> None:
+    start, end = ends
     chain = []
     gpu = end
     while gpu != start:
         before, expert = came_from[gpu]
         chain.append((before, expert, gpu))
         gpu = before
-    amount = min(int(load_G[start] - load_G[end]) // 2, *(int(tokens_EG[expert, a]) for a, expert, _ in chain))
+    amount = min(most, *(int(tokens_EG[expert, a]) for a, expert, _ in chain))
     for a, expert, b in chain:
         tokens_EG[expert, a] -= amount
         tokens_EG[expert, b] += amount

@@ -6,7 +6,9 @@ An executor calls, for every step, in this order
     for each layer: routed, dispatch        decision point layer + 1, then the split of the layer's true load
     end_step
 
-starts the transfers that come back, waits for the blocking ones, and says `arrived` when one is complete. The driver
+starts the transfers that come back, waits for the blocking ones, and says `arrived` when one is complete. Where not all
+experts are on GPUs it asks `fetch` before every `dispatch` and repeats both until no token is left. Micro-batches in
+flight are lanes, each with its own calls in this order; residency and history are shared. The driver
 builds the causal view, asks the policy, keeps the residency, writes the decision log and counts. Knows nothing about
 time, simpy or torch.
 """
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 
 from moesim.predictors import Forecast, Ids, Oracle, PastStep, Seen
 from moesim.sim.dispatch import Ints, send_matrix
+from moesim.sim.offload import Cache, Cheaper, Fetch
 from moesim.sim.policies import Policy
 from moesim.sim.residency import Transfer
 from moesim.traces import InputError, StepTokens
@@ -65,18 +68,21 @@ class Scores:
 
 
 class Driver:
-    """See the module docstring; `sink`, where given, receives the decision log."""
+    """See the module docstring; `sink`, where given, receives the decision log; `cheaper` says when the host's CPU is
+    faster than a copy, for policies that ask."""
 
-    def __init__(self, policy: Policy, sink: Sink | None = None) -> None:
+    def __init__(self, policy: Policy, sink: Sink | None = None, cheaper: Cheaper | None = None) -> None:
         self.policy = policy
         self.cluster = policy.cluster
         self.residency = policy.start()
         self.scores = Scores()
+        self.cache = Cache(self.residency, cheaper) if policy.recipe.miss else None
         self._sink = sink
         self._past: deque[PastStep] = deque(maxlen=HISTORY_STEPS)
-        self._forecasts: dict[tuple[int, int], Forecast] = {}
+        self._forecasts: dict[tuple[int, int, int], Forecast] = {}
         self._in_flight: set[Transfer] = set()
-        self._step = -1
+        self._seen: dict[int, Seen] = {}
+        self._truth: dict[int, tuple[Ids, Ids | None]] = {}
 
     def begin_step(
         self,
@@ -84,75 +90,108 @@ class Driver:
         *,
         queued: StepTokens | None = None,
         truth: tuple[Ids, Ids | None] | None = None,
+        lane: int = 0,
     ) -> list[Transfer]:
-        """Start the next step; decision point 0. `truth` ([T, L, K] of this step and of the queued one) is shown to an
-        oracle only. Raises InputError where the policy needs an oracle's view and there is no recorded routing."""
-        self._step += 1
-        self._seen = Seen(step=self._step, tokens=tokens, queued=queued, past=self._past)
+        """Start the lane's next step; decision point 0. `truth` ([T, L, K] of this step and of the queued one) is
+        shown to an oracle only. Raises InputError where the policy needs it and there is no recorded routing."""
+        before = self._seen.get(lane)
+        step = before.step + 1 if before else 0
+        self._seen[lane] = Seen(step=step, tokens=tokens, queued=queued, past=self._past)
         if isinstance(self.policy.predictor, Oracle):
             if truth is None:
                 raise InputError(f"policy {self.policy.name} is shown the future: it needs a recorded trace to replay")
-            self.policy.predictor.reveal(*truth)
-        return self._decide(0)
+            self._truth[lane] = truth
+        return self._decide(0, lane)
 
-    def routed(self, ids_TK: Ids) -> list[Transfer]:
+    def routed(self, ids_TK: Ids, lane: int = 0) -> list[Transfer]:
         """Take the true routing of the next layer, dropped tokens included; decision point layer + 1."""
-        layer = len(self._seen.routed)
-        self._score(layer, ids_TK)
-        self._seen.routed.append(ids_TK)
-        return self._decide(layer + 1)
+        layer = len(self._seen[lane].routed)
+        self._score(lane, layer, ids_TK)
+        self._seen[lane].routed.append(ids_TK)
+        return self._decide(layer + 1, lane)
 
-    def dispatch(self, counts_GE: Ints) -> Ints:
+    def fetch(self, counts_GE: Ints, lane: int = 0) -> Fetch:
+        """What is missing for the tokens that are left of the layer that has just routed; only for policies with a
+        `miss`, whose experts need not all be on GPUs."""
+        assert self.cache is not None, "only policies that offload fetch"
+        layer = len(self._seen[lane].routed) - 1
+        found = self.cache.fetch(layer, counts_GE.sum(axis=0))
+        return replace(found, moves=self._begin(found.moves, layer + 1, lane))
+
+    def dispatch(self, counts_GE: Ints, lane: int = 0) -> Ints:
         """[G_from, E, G_to] the exact split of the layer that has just routed, over the replicas that have arrived.
 
-        `counts_GE` are the tokens that each rank holds for each expert, dropped ones not counted.
+        `counts_GE` are the tokens that each rank holds for each expert, dropped ones not counted. Raises PolicyError
+        where an expert has tokens and no copy, unless GPUs have failed or the host backs them: its row is then 0.
         """
-        layer = len(self._seen.routed) - 1
-        load_E = counts_GE.sum(axis=0)
-        tokens_EG = self.policy.recipe.split(load_E, self.residency.usable_LEG[layer])
+        layer = len(self._seen[lane].routed) - 1
+        usable_EG = self.residency.usable_LEG[layer]
+        if self.cache is not None or not self.residency.alive_G.all():
+            counts_GE = np.where(usable_EG.any(axis=1), counts_GE, 0)
+        tokens_EG = self.policy.recipe.split(counts_GE.sum(axis=0), usable_EG, self.residency.slowdown_G)
         self.scores.late += sum(t.layer == layer for t in self._in_flight)
         if self._sink:
             expert, gpu = np.nonzero(tokens_EG)
             split = np.stack([expert, gpu, tokens_EG[expert, gpu]], axis=1).tolist()
-            self._sink({"decision": "dispatch", "step": self._step, "layer": layer, "expert_gpu_tokens": split})
+            where = self._where(lane)
+            self._sink({"decision": "dispatch", **where, "layer": layer, "expert_gpu_tokens": split})
         return send_matrix(counts_GE, tokens_EG)
 
-    def end_step(self) -> None:
+    def end_step(self, lane: int = 0) -> None:
         """All layers have run: the step becomes history."""
-        seen = self._seen
+        seen = self._seen[lane]
         self._past.append(PastStep(tokens=seen.tokens, topk_ids=np.stack(seen.routed, axis=1)))
+        # A forecast for a queued step that never came, say the last part of a shorter step, is not kept.
+        self._forecasts = {key: f for key, f in self._forecasts.items() if key[0] != lane or key[1] > seen.step}
 
-    def arrived(self, transfer: Transfer) -> None:
+    def arrived(self, transfer: Transfer, rounded: bool = False) -> None:
         """The copy is complete; from now on its replica computes (unless its slot has been given away since)."""
         self._in_flight.discard(transfer)
-        self.residency.arrived(transfer)
+        self.residency.arrived(transfer, rounded)
 
-    def _decide(self, point: int) -> list[Transfer]:
-        rule, predictor, seen = self.policy.recipe.rule, self.policy.predictor, self._seen
+    def fail(self, gpu: int) -> None:
+        """`gpu` and what it held are gone; copies from and to it as well."""
+        self.residency.fail(gpu)
+        for t in [t for t in self._in_flight if gpu in (t.source, t.target)]:
+            self._in_flight.discard(t)
+            self.residency.cancel(t)
+
+    def _decide(self, point: int, lane: int) -> list[Transfer]:
+        rule, predictor, seen = self.policy.recipe.rule, self.policy.predictor, self._seen[lane]
+        if isinstance(predictor, Oracle):
+            predictor.reveal(*self._truth[lane])
         moves: list[Transfer] = []
-        for target in rule.targets(self._step, point, self.cluster.layers):
+        for target in rule.targets(seen.step, point, self.cluster.layers):
             if target.queued and seen.queued is None:
                 continue
             assert predictor is not None, "a rule that asks for forecasts comes with a predictor"
             forecast = predictor.forecast(seen, target.layer, queued=target.queued)
-            self._forecasts[self._step + target.queued, target.layer] = forecast
+            self._forecasts[lane, seen.step + target.queued, target.layer] = forecast
             moves += rule.transfers(target, forecast, self.residency)
-        return self._begin(moves, point)
+        return self._begin(moves, point, lane)
 
-    def _begin(self, wanted: list[Transfer], point: int) -> list[Transfer]:
+    def _begin(self, wanted: list[Transfer], point: int, lane: int) -> list[Transfer]:
         if not wanted:
             return []
-        moves = [replace(t, serial=self.scores.transfers + i) for i, t in enumerate(wanted)]
+        layer_GS = self.residency.layer_GS
+        moves = [
+            replace(t, serial=self.scores.transfers + i, displaces=int(layer_GS[t.target, t.slot]))
+            for i, t in enumerate(wanted)
+        ]
         self.residency.begin(moves)
         self._in_flight = {t for t in self._in_flight if self.residency.holds(t)} | set(moves)
         self.scores.transfers += len(moves)
         if self._sink:
             listed = [asdict(t) for t in moves]
-            self._sink({"decision": "transfers", "step": self._step, "point": point, "transfers": listed})
+            self._sink({"decision": "transfers", **self._where(lane), "point": point, "transfers": listed})
         return moves
 
-    def _score(self, layer: int, ids_TK: Ids) -> None:
-        forecast = self._forecasts.pop((self._step, layer), None)
+    def _where(self, lane: int) -> dict[str, int]:
+        where = {"step": self._seen[lane].step}
+        return where if len(self._seen) == 1 else {**where, "lane": lane}
+
+    def _score(self, lane: int, layer: int, ids_TK: Ids) -> None:
+        forecast = self._forecasts.pop((lane, self._seen[lane].step, layer), None)
         if forecast is None:
             return
         truth_E = np.bincount(ids_TK.ravel(), minlength=self.cluster.experts)

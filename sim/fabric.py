@@ -1,43 +1,60 @@
-"""The ways between GPUs: which queues a copy goes through, and how fast the way is.
+"""The ways to a GPU: which queues a copy goes through, and how fast the way is.
 
 - inside a node with peer links (NVLink): out of the source, into the target;
-- inside a node without: through the host, over the roots of both GPUs, which may be the same one;
+- inside a node without: out of the source, through the host over the roots of both GPUs, which may be the same one,
+  into the target;
+- from the host's memory: over the root of the target, into it; what lies on SSD comes to the host first;
 - between nodes: out of the source's network adapter, into the target's.
 
-Routes name their queues in one fixed order (out before in, roots by number), so that copies that hold several cannot
-wait for each other in a circle. Knows nothing about experts or time.
+`out of GPU` and `into GPU` are its two copy engines. Routes name their queues in one fixed order (out, roots by number,
+in), so that copies that hold several cannot wait for each other in a circle. Knows nothing about experts or time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from moesim.sim.profile import HardwareProfile, Link
+from moesim.sim.profile import HardwareProfile, Link, Links
+from moesim.sim.residency import HOST
 from moesim.sim.station import Station
 
 
 class Fabric:
-    """The queues of the first `gpus` GPUs of a profile."""
+    """The queues of the first `gpus` GPUs of a profile; `links` may be replaced when they degrade."""
 
     def __init__(self, env: Any, profile: HardwareProfile, gpus: int) -> None:
-        self._links, self._node_size = profile.links, profile.node_size
-        roots = -(-gpus // profile.links.host.shared_by)
+        self.links: Links = profile.links
+        self._node_size, self._shared_by = profile.node_size, profile.links.host.shared_by
         counts = {
+            "storage of node": -(-gpus // profile.node_size),
             "out of GPU": gpus,
-            "into GPU": gpus,
-            "host root": roots,
+            "host root": -(-gpus // self._shared_by),
             "network out of": gpus,
             "network into": gpus,
+            "into GPU": gpus,
         }
         self._stations = {kind: [Station(env, f"{kind} {i}") for i in range(n)] for kind, n in counts.items()}
 
+    def __iter__(self) -> Iterator[Station]:
+        """All queues."""
+        return (station for stations in self._stations.values() for station in stations)
+
     def route(self, source: int, target: int) -> tuple[list[Station], Link]:
-        """(queues to hold together, in this order; the link that the bytes cross) from one GPU to another."""
-        links, at = self._links, self._stations
+        """(queues to hold together, in this order; the link that the bytes cross) from a GPU, or HOST, to a GPU."""
+        links, at = self.links, self._stations
+        if source == HOST:
+            return [at["host root"][target // self._shared_by], at["into GPU"][target]], links.host.link
         if source // self._node_size != target // self._node_size:
             assert links.network is not None, "profiles of several nodes have one"
             return [at["network out of"][source], at["network into"][target]], links.network
         if links.p2p is not None:
             return [at["out of GPU"][source], at["into GPU"][target]], links.p2p
-        roots = sorted({source // links.host.shared_by, target // links.host.shared_by})
-        return [at["host root"][root] for root in roots], links.host.link
+        roots = sorted({source // self._shared_by, target // self._shared_by})
+        way = [at["out of GPU"][source], *(at["host root"][root] for root in roots), at["into GPU"][target]]
+        return way, links.host.link
+
+    def storage(self, target: int) -> tuple[list[Station], Link]:
+        """The queue of the SSDs of the target's node, and how fast they are."""
+        assert self.links.storage is not None, "only asked where experts lie on SSD"
+        return [self._stations["storage of node"][target // self._node_size]], self.links.storage

@@ -64,6 +64,9 @@ def eplb(load_E: NDArray[np.floating], gpus: int, slots: int) -> Ids:
     largest load per replica. Deviation: an expert has at most one replica on a GPU, the published code may put two.
     """
     experts = len(load_E)
+    if experts > gpus * slots:  # after failures: the coldest stay out
+        kept = np.sort(np.argsort(-load_E, kind="stable")[: gpus * slots])
+        return pack(load_E[kept], kept, gpus, slots)
     copies_E = np.ones(experts, np.int64)
     for _ in range(min(gpus * slots, experts * gpus) - experts):
         copies_E[int(np.argmax(np.where(copies_E < gpus, load_E / copies_E, -1.0)))] += 1
@@ -72,25 +75,32 @@ def eplb(load_E: NDArray[np.floating], gpus: int, slots: int) -> Ids:
 
 
 def replicas(
-    load_E: NDArray[np.floating], home_EG: NDArray[np.bool_], have_EG: NDArray[np.bool_], extra: int
+    load_E: NDArray[np.floating],
+    home_EG: NDArray[np.bool_],
+    have_EG: NDArray[np.bool_],
+    room: NDArray[np.integer] | int,
+    slowdown_G: NDArray[np.floating] | None = None,
 ) -> list[tuple[int, int]]:
     """(expert, GPU) pairs that should hold a replica beside the home placement, most useful first.
 
     Greedy: again and again the busiest GPU gives tokens of one expert to another GPU, the pair that moves most, until
     less than 1% of the mean load would move. A replica that is there already (`have_EG`) counts 5% more, since it costs
-    no copy. At most `extra` replicas a GPU. Inputs: load_E expected tokens, home_EG [E, G] one True a row.
+    no copy. Inputs: load_E expected tokens, home_EG [E, G] at most one True a row, room replicas that each GPU takes,
+    slowdown_G how many times longer each GPU computes than it should.
     """
     gpus = home_EG.shape[1]
     share_EG = np.where(home_EG, load_E[:, None], 0.0)
     open_EG = ~home_EG
-    room_G = np.full(gpus, extra)
+    room_G = np.broadcast_to(room, gpus).copy()
+    slowdown_G = np.ones(gpus) if slowdown_G is None else slowdown_G
     least = 0.01 * float(load_E.sum()) / gpus
     chosen: list[tuple[int, int]] = []
-    while len(chosen) < gpus * extra:
-        load_G = share_EG.sum(axis=0)
-        busiest = int(np.argmax(load_G))
+    while room_G.any():
+        busy_G = share_EG.sum(axis=0) * slowdown_G
+        busiest = int(np.argmax(busy_G))
         # Levelling the pair is the most that one replica can do for the busiest GPU.
-        gain_EG = np.minimum(share_EG[:, busiest, None], (load_G[busiest] - load_G) / 2)
+        level_G = (busy_G[busiest] - busy_G) / (slowdown_G[busiest] + slowdown_G)
+        gain_EG = np.minimum(share_EG[:, busiest, None], level_G)
         worth_EG = np.where(open_EG & (room_G > 0), gain_EG * np.where(have_EG, 1.05, 1.0), 0.0)
         expert, gpu = divmod(int(np.argmax(worth_EG)), gpus)
         if worth_EG[expert, gpu] <= least:

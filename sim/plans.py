@@ -57,11 +57,13 @@ class Plan:
 def make_plan(policy: str, scenario: Scenario) -> Plan:
     """What `policy` would have resident after the scenario's steps.
 
-    Raises InputError for an oracle (it would be fitted to traffic that a server has not seen), a policy that cannot be
-    fitted on the recording, or more slots on a GPU than there are experts.
+    Raises InputError for an oracle (it would be fitted to traffic that a server has not seen), a policy that
+    lays nothing out or cannot be fitted on the recording, or more slots on a GPU than there are experts.
     """
     if recipe(policy).predictor == "oracle":
         raise InputError(f"policy {policy!r} is shown the future: no server can follow its plan; choose another")
+    if recipe(policy).double_buffered:
+        raise InputError(f"policy {policy!r} brings replicas anew for every layer: it has no plan to write down")
     if scenario.cluster.layer_slots > scenario.cluster.experts:
         raise InputError(
             f"{scenario.cluster.layer_slots} slots a GPU and layer for {scenario.cluster.experts} experts: an expert "

@@ -145,6 +145,20 @@ class HostLink:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cpu:
+    """The host of one node: memory that backs the GPUs', and cores that can run an expert."""
+
+    memory_bytes: int
+    bytes_per_s: float
+    """Memory bandwidth that all cores together reach."""
+    flops_per_s: float
+    """Rate of an expert's matmuls on all cores, in the model's dtype."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "memory_bytes", "bytes_per_s", "flops_per_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
     """Connections inside a node, and between nodes."""
 
@@ -155,6 +169,8 @@ class Links:
     """Latency of one collective, and the bandwidth that each GPU reaches in it, per direction, inside a node."""
     network: Link | None = None
     """Between nodes (InfiniBand, RoCE): each GPU's own adapter, per direction; None in a single node."""
+    storage: Link | None = None
+    """From SSD to the host's memory, one queue a node; None: the host's memory holds everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +187,8 @@ class HardwareProfile:
     the split of a layer). A policy that is missing is simulated as if it decided in no time, and reports say so."""
     gpus_per_node: int | None = None
     """GPUs 0..n-1 are the first node, and so on; None: all are in one."""
+    cpu: Cpu | None = None
+    """Each node's host; None: not known, its memory is taken to hold everything and it runs no experts."""
 
     def __post_init__(self) -> None:
         _positive(self, "gpus")
@@ -188,6 +206,14 @@ class HardwareProfile:
     def node_size(self) -> int:
         """GPUs of one node."""
         return self.gpus if self.gpus_per_node is None else self.gpus_per_node
+
+    def known_cpu(self) -> Cpu:
+        """The host. Raises InputError where the profile does not describe it."""
+        if self.cpu is None:
+            raise InputError(
+                f"profile {self.name} does not describe the host's CPU, so no expert can run there: add its field 'cpu'"
+            )
+        return self.cpu
 
     @property
     def measured(self) -> bool:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from moesim.traces.errors import InputError, PolicyError
 
 EMPTY = -1
+HOST = -1
+"""As the source of a transfer: the host's memory, which has every expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,11 @@ class Cluster:
     extra_slots: int = 1
     """Slots for replicas, per GPU and layer, beside those that hold every expert once."""
     top_k: int = 1
+    resident: int | None = None
+    """Slots per GPU and layer where not all experts fit and the host's memory backs them; None: all are resident."""
+    double_buffered: bool = False
+    """True: replicas of all layers share two buffers of `extra_slots` slots a GPU, in turn, instead of having their own
+    in every layer (PROBE, arXiv 2602.00509)."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.layers < 1 or self.experts < 1:
@@ -34,20 +41,44 @@ class Cluster:
             raise InputError(f"{self.gpus} GPUs for {self.experts} experts: use at most one GPU per expert")
         if self.extra_slots < 0:
             raise InputError(f"extra slots must not be negative, got {self.extra_slots}")
+        most = -(-self.experts // self.gpus)
+        if self.resident is not None and not 1 <= self.resident <= most:
+            raise InputError(
+                f"{self.resident} resident slots a GPU and layer: {self.experts} experts on {self.gpus} GPUs take 1 "
+                f"to {most}"
+            )
 
     @property
     def home_slots(self) -> int:
-        """Slots per GPU and layer that hold each expert once."""
-        return -(-self.experts // self.gpus)
+        """Slots per GPU and layer that hold each expert once, or as many as are resident."""
+        return -(-self.experts // self.gpus) if self.resident is None else self.resident
 
     @property
     def layer_slots(self) -> int:
         """Slots per GPU that belong to one layer; slot numbers of layer l are l * layer_slots onwards."""
-        return self.home_slots + self.extra_slots
+        own = self.resident is None and not self.double_buffered
+        return self.home_slots + (self.extra_slots if own else 0)
+
+    @property
+    def gpu_slots(self) -> int:
+        """All slots of a GPU; those of the two buffers come last."""
+        return self.layers * self.layer_slots + (2 * self.extra_slots if self.double_buffered else 0)
 
     def slots_of(self, layer: int) -> range:
-        """The slots that compositions use for `layer` on every GPU."""
+        """The slots that belong to `layer` on every GPU."""
         return range(layer * self.layer_slots, (layer + 1) * self.layer_slots)
+
+    def replica_slots(self, layer: int) -> range:
+        """The slots for replicas of `layer`: its own, or the buffer whose turn it is."""
+        if self.double_buffered:
+            first = self.layers * self.layer_slots + layer % 2 * self.extra_slots
+            return range(first, first + self.extra_slots)
+        window = self.slots_of(layer)
+        return range(min(window.start + self.home_slots, window.stop), window.stop)
+
+    def home_gpu(self, expert: int) -> int:
+        """The GPU that computes an expert whose copies lie in the host's memory."""
+        return expert * self.gpus // self.experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +88,8 @@ class Transfer:
     layer: int
     expert: int
     source: int
-    """GPU that is read; it must hold the expert, and its copy is taken as it was when the transfer was issued."""
+    """GPU that is read (it must hold the expert, and its copy is taken as it was when the transfer was issued), or
+    HOST."""
     target: int
     slot: int
     blocking: bool = False
@@ -66,6 +98,8 @@ class Transfer:
     """Which of several equal transfers this is; the driver numbers them, so that a late copy is not taken for a new."""
     free: bool = False
     """True: arrives at once and costs nothing. Only bounds use it, only the simulator accepts it."""
+    displaces: int = EMPTY
+    """Layer whose expert the slot held until now, written by the driver; the copy waits while that layer computes."""
 
 
 class Residency:
@@ -73,13 +107,19 @@ class Residency:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        slots = cluster.layers * cluster.layer_slots
+        slots = cluster.gpu_slots
         shape = (cluster.layers, cluster.experts, cluster.gpus)
         self.layer_GS: NDArray[np.int32] = np.full((cluster.gpus, slots), EMPTY, np.int32)
         self.expert_GS: NDArray[np.int32] = np.full((cluster.gpus, slots), EMPTY, np.int32)
         self.serial_GS: NDArray[np.int64] = np.full((cluster.gpus, slots), EMPTY, np.int64)
         self.usable_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
         self.coming_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
+        self.rounded_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
+        """Copies that arrived in a smaller dtype than the model's."""
+        self.alive_G: NDArray[np.bool_] = np.ones(cluster.gpus, np.bool_)
+        self.slowdown_G: NDArray[np.float64] = np.ones(cluster.gpus)
+        """How many times longer each GPU computes than it should; policies see it."""
+        self._lossy = cluster.resident is not None
 
     def place(self, experts_LGS: NDArray[np.integer]) -> None:
         """Fill the slots of every layer, [L, G, layer_slots], EMPTY where a slot stays free. Nothing is copied: this is
@@ -110,7 +150,7 @@ class Residency:
         for t in transfers:
             self._check(t)
         touched = {t.layer for t in transfers} | {int(self.layer_GS[t.target, t.slot]) for t in transfers}
-        state = ("layer_GS", "expert_GS", "serial_GS", "usable_LEG", "coming_LEG")
+        state = ("layer_GS", "expert_GS", "serial_GS", "usable_LEG", "coming_LEG", "rounded_LEG")
         before = {name: getattr(self, name).copy() for name in state}
         try:
             for t in transfers:
@@ -129,13 +169,29 @@ class Residency:
                 setattr(self, name, array)
             raise
 
-    def arrived(self, t: Transfer) -> bool:
-        """Make the copy usable; False where the slot was given away while the copy was under way."""
+    def arrived(self, t: Transfer, rounded: bool = False) -> bool:
+        """Make the copy usable; False where the slot was given away while the copy was under way. `rounded`: it came in
+        a smaller dtype."""
         if not self.holds(t) or not self.coming_LEG[t.layer, t.expert, t.target]:
             return False
         self.coming_LEG[t.layer, t.expert, t.target] = False
         self.usable_LEG[t.layer, t.expert, t.target] = True
+        self.rounded_LEG[t.layer, t.expert, t.target] = rounded or (
+            t.source != HOST and bool(self.rounded_LEG[t.layer, t.expert, t.source])
+        )
         return True
+
+    def fail(self, gpu: int) -> None:
+        """`gpu` is gone with all that it held; from now on experts may be without a copy."""
+        self.alive_G[gpu] = False
+        self.usable_LEG[:, :, gpu] = self.coming_LEG[:, :, gpu] = False
+        self.layer_GS[gpu] = self.expert_GS[gpu] = EMPTY
+        self._lossy = True
+
+    def cancel(self, t: Transfer) -> None:
+        """The copy will never arrive: its slot is free again, unless it has been given away."""
+        if self.holds(t):
+            self._evict(t.target, t.slot)
 
     def holds(self, t: Transfer) -> bool:
         """True while the transfer's slot is still its own."""
@@ -154,29 +210,38 @@ class Residency:
         window = self.cluster.slots_of(layer)
         return self.expert_GS[:, window.start : window.stop]
 
+    def replicas_GS(self, layer: int) -> NDArray[np.int32]:
+        """[G, extra slots] expert of `layer` in each of its replica slots, EMPTY where free or another layer's."""
+        window = self.cluster.replica_slots(layer)
+        slots = slice(window.start, window.stop)
+        return np.where(self.layer_GS[:, slots] == layer, self.expert_GS[:, slots], np.int32(EMPTY))
+
     def _check(self, t: Transfer) -> None:
         c = self.cluster
         what = f"transfer of layer {t.layer}, expert {t.expert} from GPU {t.source} to GPU {t.target}, slot {t.slot}"
         if not (0 <= t.layer < c.layers and 0 <= t.expert < c.experts):
             raise PolicyError(f"{what}: no such expert")
-        if not (0 <= t.source < c.gpus and 0 <= t.target < c.gpus):
+        if not ((0 <= t.source < c.gpus or t.source == HOST) and 0 <= t.target < c.gpus):
             raise PolicyError(f"{what}: no such GPU, the cluster has {c.gpus}")
+        if not self.alive_G[t.target]:
+            raise PolicyError(f"{what}: the target has failed")
         if not 0 <= t.slot < self.layer_GS.shape[1]:
             raise PolicyError(f"{what}: no such slot, a GPU has {self.layer_GS.shape[1]}")
-        if not self.usable_LEG[t.layer, t.expert, t.source]:
+        if t.source != HOST and not self.usable_LEG[t.layer, t.expert, t.source]:
             raise PolicyError(f"{what}: the source does not hold it")
 
     def _evict(self, gpu: int, slot: int) -> None:
         layer, expert = self.layer_GS[gpu, slot], self.expert_GS[gpu, slot]
         if layer != EMPTY:
-            self.usable_LEG[layer, expert, gpu] = self.coming_LEG[layer, expert, gpu] = False
+            for held_LEG in (self.usable_LEG, self.coming_LEG, self.rounded_LEG):
+                held_LEG[layer, expert, gpu] = False
             self.layer_GS[gpu, slot] = self.expert_GS[gpu, slot] = EMPTY
 
     def _fill(self, gpu: int, slot: int, layer: int, expert: int) -> None:
         self.layer_GS[gpu, slot], self.expert_GS[gpu, slot] = layer, expert
 
     def _check_nothing_lost(self, layers: range | set[int]) -> None:
-        for layer in layers:
+        for layer in () if self._lossy else layers:
             held_E = self.usable_LEG[layer].any(axis=1) | self.coming_LEG[layer].any(axis=1)
             if not held_E.all():
                 raise PolicyError(f"layer {layer}: no GPU would hold expert {int(np.argmin(held_E))}")

@@ -23,6 +23,7 @@ from moesim.traces import (
     assign_ranks,
     batches,
     merge_steps,
+    request_lengths,
     split_loads,
     split_requests,
 )
@@ -39,11 +40,13 @@ class StepInput:
     queued: StepTokens | None
     """The next step's tokens, where a server would know them (not in decode, not at the end)."""
     rank: NDArray[np.int64]
-    """[T] the GPU that holds each token under data-parallel attention."""
+    """[T] the GPU, or the group of GPUs with tensor-parallel attention, that holds each token."""
     ids: NDArray[np.integer]
     """[T, L, K] recorded routing."""
     dropped: NDArray[np.bool_]
     """[T, L] tokens over capacity."""
+    decode: NDArray[np.bool_]
+    """[T] tokens that continue a request: they read its KV cache."""
     queued_ids: NDArray[np.integer] | None
     """[T', L, K] recorded routing of the queued step, for oracles."""
 
@@ -61,6 +64,9 @@ class Scenario:
     run: TokenTable
     """The others: these are executed. Of a recording of loads: tokens drawn so that the loads come out."""
     batches: tuple[Batch, ...]
+    """The steps of a closed loop; none where requests come by themselves (serving.py)."""
+    served: bool = False
+    """True: `run` holds whole requests, prompts and what was generated, for an open loop."""
 
     @property
     def stack(self) -> str:
@@ -75,26 +81,27 @@ class Scenario:
             "d_ff": self.spec.sized().d_ff,
             "experts": self.spec.num_experts,
             "layers": self.cluster.layers,
-            "phase": self.phase.name.lower(),
+            "phase": "prefill and decode" if self.served and self.stack == "decoder" else self.phase.name.lower(),
             "gpus": self.cluster.gpus,
             "extra_slots": self.cluster.extra_slots,
             **self.workload.describe(),
             "recorded": "loads" if isinstance(self.fit, LoadTable) else "tokens",
-            "steps": len(self.batches),
-            "tokens": sum(len(batch.tokens) for batch in self.batches),
+            **({"resident": self.cluster.resident} if self.cluster.resident is not None else {}),
+            **({} if self.served else {"steps": len(self.batches), "tokens": sum(len(b.tokens) for b in self.batches)}),
         }
 
-    def steps(self) -> Iterator[StepInput]:
-        """The steps in order, with the recorded routing of each."""
+    def steps(self, groups: int | None = None) -> Iterator[StepInput]:
+        """The steps in order, with the recorded routing of each; requests lie on `groups` ranks (default: GPUs)."""
         for i, batch in enumerate(self.batches):
             following = self.batches[i + 1] if i + 1 < len(self.batches) else None
             known = following if self.phase is not Phase.DECODE else None
             yield StepInput(
                 tokens=batch.tokens,
                 queued=known.tokens if known else None,
-                rank=assign_ranks(batch.tokens.request, self.cluster.gpus),
+                rank=assign_ranks(batch.tokens.request, groups or self.cluster.gpus),
                 ids=self.run.topk_ids[batch.rows],
                 dropped=self.run.dropped[batch.rows],
+                decode=np.full(len(batch.rows), self.phase is Phase.DECODE),
                 queued_ids=self.run.topk_ids[known.rows] if known else None,
             )
 
@@ -107,15 +114,20 @@ def make_scenario(
     gpus: int,
     workload: Workload,
     extra_slots: int = 1,
+    resident: int | None = None,
     max_steps: int | None = None,
     request_texts: Sequence[str] = (),
+    served: bool = False,
 ) -> Scenario:
     """Split the requests of `table` (the phase's stack) and batch the held-out ones; loads are split by time.
 
-    `request_texts` names the text of every request, for a split by data set.
+    `request_texts` names the text of every request, for a split by data set. `resident`: slots a GPU and layer where
+    the host's memory backs them. `served`: the requests of the stack come by themselves, in an open loop.
     Raises InputError where the recording is too short, the split impossible, or the cluster.
     """
-    table = _of_phase(table, phase)
+    if served and isinstance(table, LoadTable):
+        raise InputError("a recording of loads knows no requests: an open loop needs tokens")
+    table = table if served and phase is not Phase.ENCODER else _of_phase(table, phase)
     fit: TokenTable | LoadTable
     run: TokenTable | LoadTable
     if isinstance(table, LoadTable):
@@ -123,7 +135,12 @@ def make_scenario(
         workload = replace(workload, split="time")
     else:
         fit, run = split_requests(table, workload.split, request_texts)
-    return _assemble(spec, phase, gpus, workload, extra_slots, max_steps, fit, run)
+    shape = _Shape(gpus, extra_slots, resident)
+    if served:
+        assert isinstance(run, TokenTable), "loads were refused"
+        phase = Phase.PREFILL if phase is Phase.DECODE else phase
+        return _scenario(spec, phase, workload, fit, run, shape, ())
+    return _assemble(spec, phase, workload, max_steps, fit, run, shape)
 
 
 def unsplit_scenario(
@@ -139,7 +156,7 @@ def unsplit_scenario(
     """Fitted and run on the whole recording: to plan for a server, never to score. Raises InputError as
     `make_scenario`."""
     table = _of_phase(table, phase)
-    return _assemble(spec, phase, gpus, workload, extra_slots, max_steps, table, table)
+    return _assemble(spec, phase, workload, max_steps, table, table, _Shape(gpus, extra_slots, None))
 
 
 def _of_phase(table: TokenTable | LoadTable, phase: Phase) -> TokenTable | LoadTable:
@@ -149,27 +166,46 @@ def _of_phase(table: TokenTable | LoadTable, phase: Phase) -> TokenTable | LoadT
     return table
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    gpus: int
+    extra_slots: int
+    resident: int | None
+
+
 def _assemble(
     spec: ModelSpec,
     phase: Phase,
-    gpus: int,
     workload: Workload,
-    extra_slots: int,
     max_steps: int | None,
     fit: TokenTable | LoadTable,
     run: TokenTable | LoadTable,
+    shape: _Shape,
 ) -> Scenario:
     if isinstance(run, LoadTable):
         run = tokens_of_loads(merge_steps(run, workload, spec.top_k).take(slice(max_steps)), spec.top_k)
         steps = batches(run, replace(workload, unit="recorded", shuffle=None), phase)
     else:
         steps = batches(run, workload, phase)[:max_steps]
+    return _scenario(spec, phase, workload, fit, run, shape, tuple(steps))
+
+
+def _scenario(
+    spec: ModelSpec,
+    phase: Phase,
+    workload: Workload,
+    fit: TokenTable | LoadTable,
+    run: TokenTable,
+    shape: _Shape,
+    steps: tuple[Batch, ...],
+) -> Scenario:
     cluster = Cluster(
         layers=run.num_layers,
         experts=spec.num_experts,
-        gpus=gpus,
-        extra_slots=extra_slots,
+        gpus=shape.gpus,
+        extra_slots=shape.extra_slots,
         top_k=spec.top_k,
+        resident=shape.resident,
     )
     return Scenario(
         spec=spec,
@@ -178,8 +214,52 @@ def _assemble(
         workload=workload,
         fit=fit,
         run=run,
-        batches=tuple(steps),
+        batches=steps,
+        served=not steps,
     )
+
+
+def micro_batches(step: StepInput, count: int, groups: int) -> list[StepInput]:
+    """`step`, whose requests lie on `groups` ranks, in at most `count` parts by whole requests: those of every rank go,
+    in order, to the part with the fewest of its tokens. The queued step is cut in the same way, and each part sees its
+    own part of it."""
+    if count == 1:
+        return [step]
+    mine_T = _parts(step.tokens.request, step.rank, count)
+    queued_T = None
+    if step.queued is not None:
+        queued_T = _parts(step.queued.request, assign_ranks(step.queued.request, groups), count)
+    found = []
+    for part in range(count):
+        rows = np.flatnonzero(mine_T == part)
+        waiting = np.flatnonzero(queued_T == part) if queued_T is not None else np.zeros(0, np.intp)
+        if len(rows):
+            found.append(
+                StepInput(
+                    tokens=step.tokens.take(rows),
+                    queued=step.queued.take(waiting) if step.queued is not None and len(waiting) else None,
+                    rank=step.rank[rows],
+                    ids=step.ids[rows],
+                    dropped=step.dropped[rows],
+                    decode=step.decode[rows],
+                    queued_ids=step.queued_ids[waiting] if step.queued_ids is not None and len(waiting) else None,
+                )
+            )
+    return found
+
+
+def _parts(request_T: NDArray[np.int32], rank_T: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """[T] the part of each token."""
+    lengths = request_lengths(request_T)
+    held: dict[int, list[int]] = {}
+    part_R = np.empty(len(lengths), np.int64)
+    for i, (rank, length) in enumerate(
+        zip(rank_T[np.cumsum(lengths) - lengths].tolist(), lengths.tolist(), strict=True)
+    ):
+        tokens = held.setdefault(rank, [0] * count)
+        part_R[i] = part = tokens.index(min(tokens))
+        tokens[part] += length
+    return np.repeat(part_R, lengths)
 
 
 def rank_counts(ids_TK: NDArray[np.integer], dropped_T: NDArray[np.bool_], rank_T: Ints, cluster: Cluster) -> Ints:

@@ -1,65 +1,141 @@
-"""Steps of policies that never move an expert: all layers at once, so that large clusters are simulated fast.
+"""Steps of policies that never move an expert: counted many at a time, so that large clusters are simulated fast.
 
 Gives the same numbers, to the bit, as deciding and dispatching layer by layer (tests/sim/test_static.py); the engine
-takes this way where nobody wants a log. Shape letters: L MoE layers, E experts, G GPUs.
+takes this way where nobody wants a log. Shape letters: S steps of a block, T their tokens, L MoE layers, E experts, G
+GPUs, A kinds of layers by the dense layers before them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.sim.cost import Seconds, attention_seconds, exchange_seconds, expert_seconds_of, rank_tokens
-from moesim.sim.dispatch import Ints
+from moesim.sim.cost import (
+    RankTokens,
+    Seconds,
+    dense_layers_before,
+    exchange_seconds,
+    expert_seconds_of,
+    layers_seconds,
+)
+from moesim.sim.events import Book
 from moesim.sim.policies import Never, Policy
 from moesim.sim.profile import HardwareProfile
-from moesim.sim.scenario import Scenario, StepInput
+from moesim.sim.scenario import Scenario
+from moesim.sim.totals import PHASES, StepRecord
+from moesim.traces import Batch, Phase
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticWork:
-    """What the phases of one step take."""
-
-    attention_LG: Seconds
-    experts_LG: Seconds
-    exchange_L: list[float]
-    """[L] one all-to-all."""
-    load_LG: Ints
-    """[L, G] tokens that each GPU computes."""
+BLOCK = 32
+"""Steps that are counted at a time."""
+LARGEST_TABLE = 4_000_000
+"""Entries of the table of expert seconds; steps that need a larger one go the other way."""
 
 
 class StaticSteps:
-    """Work of the steps of a scenario under a placement in which every expert lies on one GPU."""
+    """The steps of a scenario under a placement in which every expert lies on one GPU."""
 
     def __init__(self, scenario: Scenario, usable_LEG: NDArray[np.bool_], profile: HardwareProfile, dtype: str) -> None:
         self._scenario, self._profile, self._dtype = scenario, profile, dtype
         self._holder_LE = usable_LEG.argmax(axis=2)
         self._node_G = np.arange(scenario.cluster.gpus) // profile.node_size
+        self._ids, self._dropped = np.ascontiguousarray(scenario.run.topk_ids), scenario.run.dropped
+        dense_L = np.array(dense_layers_before(scenario.spec.stack(scenario.stack)))
+        self._dense_A, self._kind_L = np.unique(dense_L, return_inverse=True)
+        distinct, tiles = np.meshgrid(*(np.arange(n) for n in _table_shape(scenario, profile)), indexing="ij")
+        rows = tiles * profile.gpu.tile_rows
+        self._expert_s = expert_seconds_of(distinct, rows, profile.gpu, scenario.spec, dtype)
 
-    def of(self, step: StepInput) -> StaticWork:
-        """Count one step."""
-        from moesim.sim.kernels import on_gpus, route  # compiled: only who runs a static policy pays for it
+    def run(
+        self, env: Any, book: Book, decide_s: float, progress: Callable[[int], None] | None
+    ) -> Generator[Any, Any, None]:
+        """The process of the run: nothing lies between the events, no decisions to wait for and no copies that
+        arrive."""
+        timeout, keep = env.timeout, book.keep_steps
+        layers, done = self._scenario.cluster.layers, 0
+        for first in range(0, len(self._scenario.batches), BLOCK):
+            block = self._scenario.batches[first : first + BLOCK]
+            waits, records, sums_S3 = self._block(block, decide_s, keep)
+            for wait, record, (balance, mean_load, peak_load) in zip(waits, records, sums_S3, strict=True):
+                begin = env.now
+                for seconds in wait:
+                    if seconds:
+                        yield timeout(seconds)
+                record["duration_s"] = env.now - begin
+                step = StepRecord(**record)
+                if keep:
+                    book.add(step)
+                else:
+                    book.totals.add_sums(step, layers, balance, mean_load, int(peak_load))
+                done += 1
+                if progress:
+                    progress(done)
 
-        c, spec, gpu = self._scenario.cluster, self._scenario.spec, self._profile.gpu
-        load_LE = np.zeros((c.layers, c.experts), np.int64)
-        sent_2LG, got_2LG = np.zeros((2, 2, c.layers, c.gpus), np.int64)
-        load_LG, distinct_LG, rows_LG = np.zeros((3, c.layers, c.gpus), np.int64)
-        ids = np.ascontiguousarray(step.ids)
-        route(ids, step.dropped, step.rank, self._holder_LE, self._node_G, load_LE, sent_2LG, got_2LG)
-        on_gpus(load_LE, self._holder_LE, gpu.tile_rows, load_LG, distinct_LG, rows_LG)
-        near_L, far_L = np.maximum(sent_2LG.max(axis=2), got_2LG.max(axis=2))
-        ranks = rank_tokens(step.tokens, step.rank, c.gpus, self._scenario.phase)
-        return StaticWork(
-            attention_LG=attention_seconds(ranks, spec.stack(self._scenario.stack), gpu, spec, self._dtype),
-            experts_LG=expert_seconds_of(distinct_LG, rows_LG, gpu, spec, self._dtype),
-            exchange_L=exchange_seconds(near_L, far_L, c.gpus, self._profile, spec, self._dtype).tolist(),
-            load_LG=load_LG,
-        )
+    def _block(
+        self, block: tuple[Batch, ...], decide_s: float, keep: bool
+    ) -> tuple[list[list[float]], list[dict[str, Any]], list[list[float]]]:
+        """What every step waits for, one after the other; its record, still without a duration; and the sums of its
+        loads."""
+        from moesim.sim.kernels import count, place, sums  # compiled: only who runs a static policy pays for it
+
+        c, S = self._scenario.cluster, len(block)
+        rows_T = np.concatenate([batch.rows for batch in block])
+        request_T = np.concatenate([batch.tokens.request for batch in block])
+        position_T = np.concatenate([batch.tokens.position for batch in block])
+        tokens_S = [len(batch.tokens) for batch in block]
+        ends_S = np.cumsum(tokens_S)
+        rank_T = np.empty(len(rows_T), np.int64)
+        tokens_SG, pairs_SG, cached_SG = np.zeros((3, S, c.gpus), np.int64)
+        decode = self._scenario.phase is Phase.DECODE
+        place(request_T, position_T, ends_S, decode, rank_T, tokens_SG, pairs_SG, cached_SG)
+        attention_SAG = self._attention(RankTokens(tokens_G=tokens_SG, pairs_G=pairs_SG, cached_G=cached_SG))
+        near_SL, far_SL = np.empty((2, S, c.layers), np.int64)
+        experts_SL, busy_SG = np.empty((S, c.layers)), np.zeros((S, c.gpus))
+        load_SLG = np.empty((S if keep else 0, c.layers, c.gpus), np.int64)
+        sums_S3, sums_S4 = np.zeros((S, 3)), np.zeros((S, 4))
+        count(
+            self._ids, self._dropped, rows_T, rank_T, ends_S, self._holder_LE, self._node_G,
+            self._profile.gpu.tile_rows, self._expert_s, attention_SAG, self._kind_L,
+            near_SL, far_SL, experts_SL, busy_SG, load_SLG, sums_S3,
+        )  # fmt: skip
+        attention_SL = attention_SAG.max(axis=2)[:, self._kind_L]
+        exchange_SL = exchange_seconds(near_SL, far_SL, c.gpus, self._profile, self._scenario.spec, self._dtype)
+        sums(attention_SL, exchange_SL, experts_SL, decide_s, sums_S4)
+        decide_SL = np.full_like(experts_SL, decide_s)
+        wait_SLX = np.stack([attention_SL, decide_SL, exchange_SL, experts_SL, exchange_SL], axis=2)
+        waits = wait_SLX.reshape(S, -1).tolist()
+        if decide_s:
+            waits = [[decide_s, *wait] for wait in waits]
+        busy, loads = busy_SG.tolist(), load_SLG.tolist() if keep else [[]] * S
+        records = [
+            {
+                "tokens": tokens_S[s],
+                "phase_s": dict(zip(PHASES, [*spent, 0.0], strict=True)),
+                "busy_s": busy[s],
+                "load_LG": loads[s],
+            }
+            for s, spent in enumerate(sums_S4.tolist())
+        ]
+        return waits, records, sums_S3.tolist()
+
+    def _attention(self, ranks: RankTokens) -> Seconds:
+        """[S, A, G] seconds of attention and dense parts, by kind of layer."""
+        stack, spec = self._scenario.spec.stack(self._scenario.stack), self._scenario.spec
+        moe_SG, dense_SG = layers_seconds(ranks, stack, self._profile.gpu, spec, self._dtype)
+        return moe_SG[:, None] + self._dense_A[:, None] * dense_SG[:, None]
 
 
-def is_static(policy: Policy, usable_LEG: NDArray[np.bool_]) -> bool:
-    """Whether the policy never moves an expert and begins with one copy of each."""
-    never = isinstance(policy.recipe.rule, Never) and policy.predictor is None
-    return never and bool((usable_LEG.sum(axis=2) == 1).all())
+def _table_shape(scenario: Scenario, profile: HardwareProfile) -> tuple[int, int]:
+    """(distinct experts, tiles of tokens) that a GPU can have in a step, plus one each."""
+    most = max(len(batch.rows) for batch in scenario.batches) * scenario.spec.top_k
+    return scenario.cluster.home_slots + 1, most // profile.gpu.tile_rows + scenario.cluster.home_slots + 1
+
+
+def is_static(scenario: Scenario, policy: Policy, profile: HardwareProfile, usable_LEG: NDArray[np.bool_]) -> bool:
+    """Whether the policy never moves an expert, begins with one copy of each, and the table is of a size to keep."""
+    rule = policy.recipe
+    never = isinstance(rule.rule, Never) and policy.predictor is None and rule.miss is None
+    distinct, tiles = _table_shape(scenario, profile)
+    return never and bool((usable_LEG.sum(axis=2) == 1).all()) and distinct * tiles <= LARGEST_TABLE

@@ -4,7 +4,7 @@ import numpy as np
 
 from helpers import make_spec
 from moesim.sim.policies import Policy, Recipe, Target, contiguous_placement, make_policy
-from moesim.sim.profile import Attention, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
+from moesim.sim.profile import Attention, Cpu, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
 from moesim.sim.scenario import make_scenario
 from moesim.traces import Phase, TokenTable, Workload, held_out
 
@@ -25,8 +25,11 @@ def node(
     memory=2**30,
     network=None,
     gpus_per_node=None,
+    cpu_memory=2**30,
+    storage=None,
 ):
-    """2048 FLOPs (a token in an expert of the test model) a millisecond, a token's vector (64 bytes) a millisecond."""
+    """2048 FLOPs (a token in an expert of the test model) a millisecond, a token's vector (64 bytes) a millisecond.
+    The host computes a quarter as fast."""
     return HardwareProfile(
         name="test",
         provenance=Provenance(kind="spec-sheet", device="none", date="-"),
@@ -45,8 +48,10 @@ def node(
             host=HostLink(latency_s=0.5 * MS, bytes_per_s=1.024e6, shared_by=shared_by),
             all_to_all=a2a or Link(latency_s=1 * MS, bytes_per_s=64e3),
             network=network,
+            storage=storage,
         ),
         gpus_per_node=gpus_per_node,
+        cpu=Cpu(memory_bytes=cpu_memory, bytes_per_s=1e12, flops_per_s=0.512e6),
         decide_s=decide_s or {},
     )
 

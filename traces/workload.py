@@ -69,6 +69,11 @@ class StepTokens:
     def __len__(self) -> int:
         return int(self.request.shape[0])
 
+    def take(self, rows: NDArray[np.intp]) -> StepTokens:
+        """The tokens at `rows`, in that order."""
+        token_id = None if self.token_id is None else self.token_id[rows]
+        return StepTokens(request=self.request[rows], position=self.position[rows], token_id=token_id)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:

@@ -6,8 +6,9 @@ Adding one is one entry of `POLICIES`; docs/architecture.md says what the parts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 from moesim.predictors import PREDICTORS, Predictor
 from moesim.sim.dispatch import Split, even_split, exact_split
 from moesim.sim.planner import contiguous, pack
-from moesim.sim.policies.rules import Never, Periodic, Replicate, Rule, Target
+from moesim.sim.policies.rules import Never, Periodic, Prefetch, Replicate, Rule, Target
 from moesim.sim.residency import EMPTY, Cluster, Residency
 from moesim.traces import InputError, LoadTable, TokenTable, total_load_LE
 
 Placement = Callable[[Cluster, NDArray[np.int64]], NDArray[np.int32]]
 """(cluster, fitted load_LE) -> experts [L, G, layer_slots], EMPTY in the replica slots."""
 
+Miss = Literal["wait", "cpu"]
 NEVER = Never()
 
 
@@ -36,6 +38,11 @@ class Recipe:
     split: Split = exact_split
     simulated_only: bool = False
     """True for bounds that no machine can reach."""
+    double_buffered: bool = False
+    """Replicas of all layers share two buffers, see `Cluster`."""
+    miss: Miss | None = None
+    """What to do about an expert that is on no GPU: None where all are; wait for its copy, or run it on the host's CPU
+    where that is faster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +78,18 @@ def balanced_placement(cluster: Cluster, load_LE: NDArray[np.int64]) -> NDArray[
     return placed
 
 
+def resident_placement(cluster: Cluster, load_LE: NDArray[np.int64]) -> NDArray[np.int32]:
+    """On each GPU those of its experts that had the largest load, as many as there are slots."""
+    placed = np.full((cluster.layers, cluster.gpus, cluster.layer_slots), EMPTY, np.int32)
+    home_E = np.array([cluster.home_gpu(expert) for expert in range(cluster.experts)])
+    for layer, load_E in enumerate(load_LE):
+        for gpu in range(cluster.gpus):
+            mine = np.flatnonzero(home_E == gpu)
+            hottest = mine[np.argsort(-load_E[mine], kind="stable")][: cluster.layer_slots]
+            placed[layer, gpu, : len(hottest)] = hottest
+    return placed
+
+
 POLICIES: dict[str, Recipe] = {
     "contiguous": Recipe(
         summary="experts in order, no replicas: static expert parallelism", placement=contiguous_placement
@@ -88,6 +107,13 @@ POLICIES: dict[str, Recipe] = {
         placement=balanced_placement,
         predictor="markov",
         rule=Replicate(next_batch=False),
+    ),
+    "predictive-buffered": Recipe(
+        summary="predictive-layer in two buffers that all layers share, so that replicas take memory once (PROBE)",
+        placement=balanced_placement,
+        predictor="markov",
+        rule=Replicate(next_batch=False),
+        double_buffered=True,
     ),
     "predictive-batch": Recipe(
         summary="replicate the next batch's hot experts, forecast from queued tokens (arXiv 2605.11537, true router)",
@@ -108,7 +134,29 @@ POLICIES: dict[str, Recipe] = {
         rule=Replicate(next_batch=False, free=True),
         simulated_only=True,
     ),
+    "on-demand": Recipe(
+        summary="slots for some experts only, the rest in host memory: copied when needed, least recently used goes",
+        placement=resident_placement,
+        miss="wait",
+    ),
+    "on-demand-cpu": Recipe(
+        summary="on-demand, but a missing expert runs on the CPU where that is faster than its copy (Fiddler)",
+        placement=resident_placement,
+        miss="cpu",
+    ),
+    "prefetch-layer": Recipe(
+        summary="on-demand, and what the next layer is forecast to need is copied before it is asked for",
+        placement=resident_placement,
+        predictor="markov",
+        rule=Prefetch(),
+        miss="wait",
+    ),
 }
+
+
+def offloading(names: Sequence[str] = ()) -> list[str]:
+    """Those of `names` (all policies where there are none) that run with fewer slots than experts."""
+    return [name for name in names or POLICIES if recipe(name).miss is not None]
 
 
 def recipe(name: str) -> Recipe:
@@ -130,6 +178,11 @@ def make_policy(name: str, cluster: Cluster, fit_on: TokenTable | LoadTable) -> 
     Raises InputError for an unknown name, an empty recording, or loads where the policy needs tokens.
     """
     parts = recipe(name)
+    if cluster.resident is not None and parts.miss is None:
+        raise InputError(
+            f"policy {name} needs every expert on a GPU; with fewer resident slots use: {', '.join(offloading())}"
+        )
+    cluster = replace(cluster, double_buffered=parts.double_buffered)
     if len(fit_on) == 0:
         raise InputError("nothing to fit the policy on: the recording needs at least two requests")
     predictor = PREDICTORS[parts.predictor]() if parts.predictor else None
@@ -144,6 +197,7 @@ __all__ = [
     "Never",
     "Periodic",
     "Policy",
+    "Prefetch",
     "Recipe",
     "Replicate",
     "Rule",
@@ -152,5 +206,6 @@ __all__ = [
     "contiguous_placement",
     "make_policy",
     "needs_tokens",
+    "offloading",
     "recipe",
 ]

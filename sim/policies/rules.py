@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moesim.predictors import Forecast
 from moesim.sim.planner import eplb, replicas
-from moesim.sim.residency import EMPTY, Residency, Transfer
+from moesim.sim.residency import EMPTY, HOST, Residency, Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +66,12 @@ class Periodic:
     def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
         """Blocking copies into the slots whose expert changes; an expert that stays on its GPU is not copied."""
         c = residency.cluster
-        wanted_GS = eplb(forecast.load, c.gpus, c.layer_slots)
+        alive = np.flatnonzero(residency.alive_G)
+        wanted_GS = np.full((c.gpus, c.layer_slots), EMPTY, np.int32)
+        wanted_GS[alive] = eplb(forecast.load, len(alive), c.layer_slots)
         now_GS = residency.experts_GS(target.layer)
         moves = []
-        for gpu in range(c.gpus):
+        for gpu in alive.tolist():
             free = [i for i in range(c.layer_slots) if now_GS[gpu, i] not in wanted_GS[gpu] or now_GS[gpu, i] == EMPTY]
             new = [e for e in wanted_GS[gpu] if e != EMPTY and e not in now_GS[gpu]]
             for i, expert in zip(free, new, strict=False):
@@ -99,21 +101,69 @@ class Replicate:
         return [Target(layer=point - 2, queued=True)] if point >= 2 else ()
 
     def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
-        """Copies into replica slots; a replica that is still wanted stays where it is."""
-        c = residency.cluster
-        slots_GS = residency.experts_GS(target.layer)
-        home_EG = _one_hot(slots_GS[:, : c.home_slots], c.experts)
-        have_EG = _one_hot(slots_GS[:, c.home_slots :], c.experts)
-        wanted = replicas(forecast.load, home_EG, have_EG, c.extra_slots)
+        """Copies into replica slots; a replica that is still wanted stays where it is. What has no copy left (its GPU
+        failed) comes from the host first, and stays."""
+        c, layer = residency.cluster, target.layer
+        slots_GS, first = residency.replicas_GS(layer), c.replica_slots(layer).start
+        home_EG = _one_hot(residency.experts_GS(layer)[:, : c.home_slots], c.experts)
+        have_EG = _one_hot(slots_GS, c.experts)
+        room_G = np.where(residency.alive_G, slots_GS.shape[1], 0)
+        kept = _adopt(forecast.load, home_EG, have_EG, room_G)
+        wanted = kept + replicas(forecast.load, home_EG, have_EG, room_G, residency.slowdown_G)
         moves = []
         for gpu in range(c.gpus):
             keep = {e for e, g in wanted if g == gpu}
             new = [e for e, g in wanted if g == gpu and not have_EG[e, g]]
-            free = [i for i in range(c.home_slots, c.layer_slots) if slots_GS[gpu, i] not in keep]
+            free = [i for i, expert in enumerate(slots_GS[gpu]) if expert not in keep]
             for i, expert in zip(free, new, strict=False):
-                slot = target.layer * c.layer_slots + i
-                moves.append(_copy(residency, target.layer, expert, gpu, slot, free=self.free))
+                moves.append(_copy(residency, layer, expert, gpu, first + i, free=self.free))
         return moves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefetch:
+    """Where the host backs the GPUs' slots: after layer l has routed, bring what layer l+1 is forecast to need.
+
+    Each GPU takes its experts by forecast load, as many as it has slots, over those that are forecast least. Source:
+    the rule that offloading systems share (Pre-gated MoE, arXiv 2308.12066; MoE-Infinity, arXiv 2401.14361).
+    """
+
+    def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
+        """The next layer."""
+        return [Target(layer=point)] if point < layers else ()
+
+    def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
+        """Copies from the host that nobody waits for yet."""
+        c, load_E = residency.cluster, forecast.load
+        slots_GS = residency.experts_GS(target.layer)
+        home_E = np.array([c.home_gpu(e) for e in range(c.experts)])
+        moves = []
+        for gpu in np.flatnonzero(residency.alive_G).tolist():
+            mine = np.flatnonzero((home_E == gpu) & (load_E >= 1))
+            wanted = mine[np.argsort(-load_E[mine], kind="stable")][: c.layer_slots].tolist()
+            # Empty slots first, then what is forecast least.
+            worth_S = np.where(slots_GS[gpu] == EMPTY, -1.0, load_E[slots_GS[gpu]])
+            free = [i for i in np.argsort(worth_S, kind="stable").tolist() if slots_GS[gpu, i] not in wanted]
+            new = [e for e in wanted if e not in slots_GS[gpu]]
+            for i, expert in zip(free, new, strict=False):
+                moves.append(_copy(residency, target.layer, expert, gpu, target.layer * c.layer_slots + i))
+        return moves
+
+
+def _adopt(
+    load_E: NDArray[np.floating], home_EG: NDArray[np.bool_], have_EG: NDArray[np.bool_], room_G: NDArray[np.integer]
+) -> list[tuple[int, int]]:
+    """(expert, GPU) where experts without a home get one in a replica slot: where a replica of theirs is, else where
+    there is most room. Writes them into `home_EG` and takes their room."""
+    adopted = []
+    orphans = np.flatnonzero(~home_EG.any(axis=1))
+    for expert in sorted(orphans.tolist(), key=lambda e: (not have_EG[e].any(), -load_E[e], e)):
+        gpu = int(np.argmax(have_EG[expert]) if have_EG[expert].any() else np.argmax(room_G))
+        if room_G[gpu] > 0:
+            home_EG[expert, gpu] = True
+            room_G[gpu] -= 1
+            adopted.append((expert, gpu))
+    return adopted
 
 
 def _one_hot(slots_GS: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
@@ -134,7 +184,8 @@ def _copy(
     blocking: bool = False,
     free: bool = False,
 ) -> Transfer:
-    """A transfer from the first GPU, counted onwards from the target, that holds the expert: spreads the reading."""
+    """A transfer from the first GPU, counted onwards from the target, that holds the expert: spreads the reading; from
+    the host where no GPU does."""
     holders = np.flatnonzero(residency.usable_LEG[layer, expert])
-    source = int(min(holders, key=lambda g: (g - target) % residency.cluster.gpus))
+    source = int(min(holders, key=lambda g: (g - target) % residency.cluster.gpus, default=HOST))
     return Transfer(layer=layer, expert=expert, source=source, target=target, slot=slot, blocking=blocking, free=free)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.sim.contention import Wires
+from moesim.sim.execution import Execution
 from moesim.traces import InputError
 
 
@@ -70,4 +71,4 @@ def test_nobody_is_faster_than_alone_and_all_work_is_done(copies, exchanges):
 
 def test_unknown_kinds_are_named():
     with pytest.raises(InputError, match="unknown contention 'some'; known: none, pause, share"):
-        Wires(simpy.Environment(), "some")
+        Execution(contention="some")

@@ -12,6 +12,7 @@ from nodes import MS, node, scripted, two_layers
 from helpers import make_spec, make_table
 from moesim.sim.driver import DecisionLog
 from moesim.sim.engine import simulate
+from moesim.sim.execution import Execution
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.profile import Link, load_profile
 from moesim.sim.residency import Transfer
@@ -122,7 +123,7 @@ def test_deciding_takes_the_time_that_the_profile_says_at_each_decision_point():
 def ends(scene, profile, moves):
     """Milliseconds at which each copy ended, in order of issue, and the events."""
     events = []
-    simulate(scene, scripted(scene, moves), profile, event_log=events)
+    simulate(scene, scripted(scene, moves), profile, events=events.append)
     end = {e["number"]: e["time_s"] / MS for e in events if e["what"] == "transfer ends"}
     return [end[number] for number in sorted(end)], events
 
@@ -249,7 +250,7 @@ def test_same_inputs_same_events_same_result_to_the_byte(name):
     runs = []
     for _ in range(2):
         events, decisions = [], DecisionLog()
-        result = simulate(scene, fitted(scene, name), node(), event_log=events, sink=decisions)
+        result = simulate(scene, fitted(scene, name), node(), events=events.append, sink=decisions)
         runs.append((json.dumps(events), decisions.text(), json.dumps(result.to_dict())))
         times = [event["time_s"] for event in events]
         assert times == sorted(times)
@@ -260,7 +261,7 @@ def test_the_event_log_tells_the_life_of_a_copy():
     _, events = ends(two_layers(), node(), {(0, 0): [COPY]})
     copies = [e for e in events if e["what"].startswith("transfer")]
     assert [e["what"] for e in copies] == ["transfer issued", "transfer begins", "transfer ends"]
-    assert copies[0]["expert"] == 0 and copies[0]["source"] == 0 and copies[0]["target"] == 1
+    assert copies[0]["copied"] == {"layer": 1, "expert": 0, "source": 0, "target": 1, "slot": 3}
     attention = next(e for e in events if e["what"] == "attention")
     assert attention["layer"] == 0 and attention["gpu_s"] == exactly([ATTENTION * MS] * 2)
 
@@ -278,7 +279,11 @@ def test_what_a_result_says_of_itself():
     scene = scenario()
     seen = []
     result = simulate(
-        scene, fitted(scene, "eplb"), load_profile("8xH100-NVLink"), dtype="bfloat16", progress=seen.append
+        scene,
+        fitted(scene, "eplb"),
+        load_profile("8xH100-NVLink"),
+        execution=Execution(dtype="bfloat16"),
+        progress=seen.append,
     )
     assert result.kind == "simulated" and result.policy == "eplb"
     config = result.config
@@ -293,7 +298,7 @@ def test_what_cannot_be_simulated():
     with pytest.raises(InputError, match="has 2 GPUs, 4 cannot"):
         simulate(scene, policy, node(gpus=2))
     with pytest.raises(InputError, match="no matmul rate for float16"):
-        simulate(scene, policy, node(), dtype="float16")
+        simulate(scene, policy, node(), execution=Execution(dtype="float16"))
     with pytest.raises(InputError, match=r"expert slots need 0\.0 GiB on each GPU"):
         simulate(scene, policy, node(memory=1000))
     stack = replace(scene.spec.stacks[0], moe_layers=(0,))

@@ -43,7 +43,7 @@ def result(policy, durations, kind="simulated", **config):
 def test_where_the_time_of_the_gpus_goes():
     spent = {"attention": 2.0, "decide": 0.5, "communication": 1.5, "experts": 4.0, "blocked": 1.0}
     steps = [record(10.0, phase_s=spent, busy_s=[6.0, 2.0])] * 2
-    shares = Result(kind="simulated", policy="p", config=CONFIG, steps=steps).time_shares()
+    shares = Result(kind="simulated", policy="p", config=CONFIG, steps=steps).totals.time_shares()
     expected = {"compute": 0.4, "barrier": 0.2, "communication": 0.15, "weights": 0.1, "deciding": 0.05, "idle": 0.1}
     assert shares == pytest.approx(expected) and sum(shares.values()) == pytest.approx(1)
 
@@ -74,8 +74,8 @@ def test_results_come_back_as_they_were_written(tmp_path):
         ("{", "not a JSON file"),
         ("[1]", "not a result of moesim"),
         ('{"format": "moesim-result", "version": 99}', "version 99"),
-        ('{"format": "moesim-result", "version": 2}', "damaged result"),
-        ('{"format": "moesim-result", "version": 2, "steps": [{}]}', "damaged result"),
+        ('{"format": "moesim-result", "version": 3}', "damaged result"),
+        ('{"format": "moesim-result", "version": 3, "steps": [{}]}', "damaged result"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, message):
@@ -92,7 +92,8 @@ def test_missing_file(tmp_path):
 
 
 def test_empty_steps_are_damaged(tmp_path):
-    data = result("a", [1.0]).to_dict() | {"steps": []}
+    data = result("a", [1.0]).to_dict()
+    data["totals"]["steps"] = 0
     (tmp_path / "r.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match="damaged"):
         load_results(tmp_path / "r.json")

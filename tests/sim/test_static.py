@@ -10,6 +10,7 @@ from nodes import MS, node
 
 from helpers import make_spec, make_table
 from moesim.sim.engine import simulate
+from moesim.sim.execution import Execution
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.profile import Link
 from moesim.sim.scenario import make_scenario
@@ -45,8 +46,10 @@ def test_both_ways_agree_to_the_bit(gpus, node_size, experts, top_k, phase, batc
     profile = node(gpus=6, network=NETWORK, gpus_per_node=node_size, decide_s={policy: decide_s})
     made = make_policy(policy, scene.cluster, scene.fit)
     logs = [[], []]
-    fast = simulate(scene, made, profile, contention=contention, event_log=logs[0])
-    slow = simulate(scene, made, profile, contention=contention, event_log=logs[1], sink=[].append)
+    fast = simulate(scene, made, profile, execution=Execution(contention=contention), events=logs[0].append)
+    slow = simulate(
+        scene, made, profile, execution=Execution(contention=contention), events=logs[1].append, sink=[].append
+    )
     assert asdict(fast) == asdict(slow)
     assert logs[0] == logs[1]
 
@@ -55,6 +58,6 @@ def test_both_ways_agree_to_the_bit(gpus, node_size, experts, top_k, phase, batc
 def test_only_policies_that_move_nothing_take_it(name):
     scene = scenario(2, 8, 1, Phase.ENCODER, 32, 0)
     policy = make_policy(name, scene.cluster, scene.fit)
-    assert is_static(policy, policy.start().usable_LEG) == (name in STATIC)
+    assert is_static(scene, policy, node(), policy.start().usable_LEG) == (name in STATIC)
     twice = np.ones_like(policy.start().usable_LEG)
-    assert not is_static(policy, twice)
+    assert not is_static(scene, policy, node(), twice)

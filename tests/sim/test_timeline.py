@@ -7,6 +7,7 @@ import pytest
 from nodes import MS, node, scripted, two_layers
 
 from moesim.sim.engine import simulate
+from moesim.sim.execution import Execution
 from moesim.sim.profile import Link
 from moesim.sim.residency import Transfer
 from moesim.sim.timeline import timeline
@@ -17,7 +18,7 @@ COPY = Transfer(layer=1, expert=0, source=0, target=1, slot=3)
 def run(moves, profile=None, **options):
     events = []
     scene = two_layers()
-    result = simulate(scene, scripted(scene, moves), profile or node(), event_log=events, **options)
+    result = simulate(scene, scripted(scene, moves), profile or node(), events=events.append, **options)
     return result, events, timeline({"scripted": events})["traceEvents"]
 
 
@@ -53,19 +54,26 @@ def test_looking_changes_no_simulated_time(contention):
     slow = node(p2p=Link(latency_s=20 * MS, bytes_per_s=1.024e6))
 
     def times(**options):
-        result = simulate(scene, scripted(scene, moves), slow, contention=contention, **options)
+        result = simulate(scene, scripted(scene, moves), slow, execution=Execution(contention=contention), **options)
         return [(step.duration_s, step.phase_s, step.load_LG) for step in result.steps]
 
-    assert times() == times(event_log=[]) == times(event_log=[], sink=[].append)
+    assert times() == times(events=[].append) == times(events=[].append, sink=[].append)
 
 
 def test_contention_lengthens_what_meets():
     """A copy that is longer than layer 0's attention meets its all-to-alls."""
     moves, slow = {(0, 0): [COPY]}, node(p2p=Link(latency_s=12 * MS, bytes_per_s=1.024e6))
-    spent = {c: run(moves, slow, contention=c)[0].phase_s()["communication"] for c in ("none", "pause", "share")}
+    spent = {
+        c: run(moves, slow, execution=Execution(contention=c))[0].phase_s()["communication"]
+        for c in ("none", "pause", "share")
+    }
     assert spent["none"] == pytest.approx(spent["pause"]) and spent["share"] > 1.1 * spent["none"]
 
     def ended(contention):
-        return next(e["time_s"] for e in run(moves, slow, contention=contention)[1] if e["what"] == "transfer ends")
+        return next(
+            e["time_s"]
+            for e in run(moves, slow, execution=Execution(contention=contention))[1]
+            if e["what"] == "transfer ends"
+        )
 
     assert ended("none") < ended("pause")

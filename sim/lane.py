@@ -1,0 +1,194 @@
+"""One micro-batch on its way through the layers: the phases that it waits for, and the GPUs that compute them.
+
+With one micro-batch in flight the barriers of the layers make a chain. With several, each is a process of its own: a
+GPU computes what was given to it first, and one all-to-all runs at a time, so that one micro-batch can compute while
+another communicates. Shape letters: L MoE layers, E experts, G GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moesim.sim.cost import (
+    Seconds,
+    all_reduce_seconds,
+    all_to_all_seconds,
+    attention_seconds,
+    dense_layers_before,
+    expert_seconds,
+    host_seconds,
+    rank_tokens,
+    shared_by,
+)
+from moesim.sim.dispatch import Ints
+from moesim.sim.residency import Transfer
+from moesim.sim.scenario import StepInput, rank_counts
+from moesim.sim.sends import vectors
+
+if TYPE_CHECKING:
+    from moesim.sim.engine import Machine
+
+Steps = Generator[Any, Any, None]
+
+
+class Compute:
+    """A queue on every GPU, first come, first served: when each is free again."""
+
+    def __init__(self, env: Any, gpus: int) -> None:
+        self._env = env
+        self._free_G = np.zeros(gpus)
+
+    def submit(self, seconds_G: Seconds) -> tuple[Seconds, float]:
+        """([G] when each GPU begins, seconds from now until the last one ends)."""
+        now = float(self._env.now)
+        start_G = np.where(seconds_G > 0, np.maximum(self._free_G, now), now)
+        end_G = start_G + seconds_G
+        self._free_G = np.where(seconds_G > 0, end_G, self._free_G)
+        return start_G, float(end_G.max()) - now
+
+
+class Lane:
+    """Runs micro-batches one after the other; `number` tells it from the others that are in flight."""
+
+    def __init__(self, machine: Machine, number: int, together: bool) -> None:
+        self._m, self._number = machine, number
+        self._env, self._driver = machine.env, machine.driver
+        self._compute = Compute(machine.env, machine.cluster.gpus) if together else None
+
+    def share(self, other: Lane) -> None:
+        """Compute on the same GPUs as `other`."""
+        self._compute = other._compute
+
+    def run(self, step: StepInput, part: int) -> Steps:
+        """All layers of a micro-batch, `part` of its step."""
+        m = self._m
+        self._where: dict[str, Any] = {"part": part, "layer": None}
+        dense_L = dense_layers_before(m.spec.stack(m.scenario.stack))
+        truth = (step.ids, step.queued_ids)
+        begin = partial(self._driver.begin_step, step.tokens, queued=step.queued, truth=truth, lane=self._number)
+        yield from self._decided(begin)
+        seen = -1
+        for layer in range(m.cluster.layers):
+            self._where["layer"] = layer
+            if seen != m.failures:  # at the start, and when GPUs fail: others take their requests
+                seen, rank_T = m.failures, m.ranks(step.rank)
+                attention_LG, most = self._attention(step, rank_T)
+            yield from self._compute_phase("attention", attention_LG[layer])
+            yield from self._all_reduce(most, 1 + 2 * dense_L[layer])
+            yield from self._decided(partial(self._driver.routed, step.ids[:, layer], self._number))
+            m.copies.needed(layer)
+            yield from self._experts(layer, step, m.ranks(step.rank) if seen != m.failures else rank_T)
+            yield from self._all_reduce(most, 1)
+        self._driver.end_step(self._number)
+
+    def _attention(self, step: StepInput, rank_T: Ints) -> tuple[Seconds, int]:
+        """([L, G] seconds, the most tokens that a group of GPUs holds)."""
+        m, shared = self._m, self._m.execution.tensor_parallel
+        ranks = shared_by(rank_tokens(step.tokens, rank_T, m.cluster.gpus, step.decode), shared)
+        stack = m.spec.stack(m.scenario.stack)
+        return attention_seconds(ranks, stack, m.profile.gpu, m.spec, m.dtype, shared), int(ranks.tokens_G.max())
+
+    def _decided(self, decide: Callable[[], list[Transfer]]) -> Steps:
+        """A decision point: the time to decide, then the transfers begin, then the blocking ones are waited for."""
+        m = self._m
+        if m.decide_s:
+            begin = float(self._env.now)
+            yield self._env.timeout(m.decide_s)
+            self._passed("decide", begin, m.decide_s)
+        yield self._env.timeout(0)  # what arrives at this instant has arrived
+        yield from self._blocked(m.copies.start(decide()))
+
+    def _blocked(self, copies: list[Any]) -> Steps:
+        if copies:
+            begin = float(self._env.now)
+            yield self._env.all_of(copies)
+            yield self._env.timeout(0)  # what arrives at this instant has arrived
+            self._passed("blocked", begin, float(self._env.now) - begin)
+
+    def _experts(self, layer: int, step: StepInput, rank_T: Ints) -> Steps:
+        """All tokens of a layer, in waves where not all experts find a slot at once."""
+        m = self._m
+        ids_TK, dropped_T = step.ids[:, layer], step.dropped[:, layer]
+        left_GE = rank_counts(ids_TK, dropped_T, rank_T, m.cluster)
+        while True:
+            host_E = np.zeros(m.cluster.experts, np.int64)
+            if self._driver.cache is not None:
+                fetch = self._driver.fetch(left_GE, self._number)
+                host_E = np.where(fetch.host_E, left_GE.sum(axis=0), 0)
+                left_GE = np.where(fetch.host_E, 0, left_GE)
+                started = m.copies.start(fetch.moves)
+                yield from self._blocked([*m.copies.awaited(layer, fetch.awaited), *started])
+            send_GEG = self._driver.dispatch(left_GE, self._number)
+            left_GE = left_GE - send_GEG.sum(axis=2)
+            again = self._driver.cache is not None and bool(left_GE.any())
+            lost = 0 if again else int(left_GE.sum())
+            how, shared = m.execution.send, m.execution.tensor_parallel
+            send_GG = vectors(
+                send_GEG, ids_TK, dropped_T, rank_T, how=how, shared=shared, node_size=m.profile.node_size
+            )
+            yield from self._wave(layer, send_GEG.sum(axis=0), send_GG, host_E, lost)
+            if not again:
+                return
+
+    def _wave(self, layer: int, tokens_EG: Ints, send_GG: Ints, host_E: Ints, lost: int) -> Steps:
+        """All-to-all, experts, all-to-all; the way back is the transposed matrix, which takes as long."""
+        m = self._m
+        alone = m.execution.tensor_parallel == m.cluster.gpus  # every GPU holds every token
+        exchange_s = 0.0 if alone else all_to_all_seconds(send_GG, m.profile, m.spec, m.dtype)
+        yield from self._exchange(exchange_s)
+        taken_G: Any = m.copies.hbm_G if m.execution.contention != "none" else 0.0
+        seconds_G = expert_seconds(tokens_EG, m.profile.gpu, m.spec, m.dtype, taken_G)
+        host_s = host_seconds(host_E, m.profile, m.spec, m.dtype) if host_E.any() else 0.0
+        odd: dict[str, Any] = {"lost": lost, "rounded": int(tokens_EG[self._driver.residency.rounded_LEG[layer]].sum())}
+        odd["host"] = int(host_E.sum())
+        more = {name: count for name, count in odd.items() if count}
+        yield from self._compute_phase("experts", seconds_G, host_s, tokens_G=tokens_EG.sum(axis=0), **more)
+        yield from self._exchange(exchange_s)
+
+    def _all_reduce(self, tokens: int, times: int) -> Steps:
+        m = self._m
+        seconds = all_reduce_seconds(tokens, m.execution.tensor_parallel, m.profile, m.spec, m.dtype)
+        yield from self._exchange(times * seconds)
+
+    def _exchange(self, seconds: float) -> Steps:
+        m = self._m
+        if seconds <= 0:
+            return
+        if self._compute is None:
+            begin = float(self._env.now)
+            yield from m.wires.exchange(seconds)
+            # Where nothing slowed it down it took what it takes, without the rounding of a difference of times.
+            took = float(self._env.now) - begin
+            self._passed("communication", begin, seconds if m.execution.contention == "none" else took)
+            return
+        visit = yield from m.collectives.enter()
+        begin = float(self._env.now)
+        yield from m.wires.exchange(seconds)
+        visit.leave()
+        self._passed("communication", begin, float(self._env.now) - begin)
+
+    def _compute_phase(self, phase: str, seconds_G: Any, host_s: float = 0.0, **detail: Any) -> Steps:
+        """A phase that lasts as long as its slowest GPU (or the host, beside them); the others idle."""
+        slowdown_G = self._driver.residency.slowdown_G
+        seconds_G = seconds_G * slowdown_G
+        begin, seconds = float(self._env.now), max(float(seconds_G.max()), host_s)
+        if self._compute is not None:
+            start_G, wait_s = self._compute.submit(seconds_G)
+            seconds = max(wait_s, host_s)
+            if (start_G > begin).any():
+                detail["start_s"] = start_G
+        if host_s:
+            detail["host_s"] = host_s
+        if seconds > 0:
+            end = self._env.timeout(seconds)
+            if phase == "experts":
+                self._m.copies.computes(self._where["layer"], end)
+            yield end
+        self._passed(phase, begin, seconds, gpu_s=seconds_G, **detail)
+
+    def _passed(self, phase: str, begin_s: float, seconds: float, **detail: Any) -> None:
+        self._m.log(phase, **self._where, begin_s=begin_s, duration_s=seconds, **detail)
