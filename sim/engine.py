@@ -132,7 +132,7 @@ class Machine:
             nbytes = round(self.spec.expert_params() * COPY_BYTES[execution.copy_dtype])
         cheaper = self._cheaper(nbytes) if policy.recipe.miss == "cpu" else None
         self.driver = Driver(policy, sink, cheaper)
-        self.fabric = Fabric(self.env, profile, self.cluster.gpus)
+        self.fabric = Fabric(self.env, profile)
         self.wires = Wires(self.env, execution.contention)
         self.collectives = Station(self.env, "collectives")
         rounded = execution.copy_dtype is not None

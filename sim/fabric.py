@@ -21,40 +21,40 @@ from moesim.sim.station import Station
 
 
 class Fabric:
-    """The queues of the first `gpus` GPUs of a profile; `links` may be replaced when they degrade."""
+    """The queues between the GPUs of a profile; `links` may be replaced when they degrade."""
 
-    def __init__(self, env: Any, profile: HardwareProfile, gpus: int) -> None:
+    def __init__(self, env: Any, profile: HardwareProfile) -> None:
         self.links: Links = profile.links
         self._node_size, self._shared_by = profile.node_size, profile.links.host.shared_by
-        counts = {
-            "storage of node": -(-gpus // profile.node_size),
-            "out of GPU": gpus,
-            "host root": -(-gpus // self._shared_by),
-            "network out of": gpus,
-            "network into": gpus,
-            "into GPU": gpus,
-        }
-        self._stations = {kind: [Station(env, f"{kind} {i}") for i in range(n)] for kind, n in counts.items()}
+        self._env = env
+        self._stations: dict[str, Station] = {}
 
     def __iter__(self) -> Iterator[Station]:
-        """All queues."""
-        return (station for stations in self._stations.values() for station in stations)
+        """All queues that a copy has been in."""
+        return iter(self._stations.values())
+
+    def _at(self, name: str, number: int) -> Station:
+        """The queue, made when it is first asked for: a large cluster has thousands."""
+        name = f"{name} {number}"
+        if name not in self._stations:
+            self._stations[name] = Station(self._env, name)
+        return self._stations[name]
 
     def route(self, source: int, target: int) -> tuple[list[Station], Link]:
         """(queues to hold together, in this order; the link that the bytes cross) from a GPU, or HOST, to a GPU."""
-        links, at = self.links, self._stations
+        links, at = self.links, self._at
         if source == HOST:
-            return [at["host root"][target // self._shared_by], at["into GPU"][target]], links.host.link
+            return [at("host root", target // self._shared_by), at("into GPU", target)], links.host.link
         if source // self._node_size != target // self._node_size:
             assert links.network is not None, "profiles of several nodes have one"
-            return [at["network out of"][source], at["network into"][target]], links.network
+            return [at("network out of", source), at("network into", target)], links.network
         if links.p2p is not None:
-            return [at["out of GPU"][source], at["into GPU"][target]], links.p2p
+            return [at("out of GPU", source), at("into GPU", target)], links.p2p
         roots = sorted({source // self._shared_by, target // self._shared_by})
-        way = [at["out of GPU"][source], *(at["host root"][root] for root in roots), at["into GPU"][target]]
+        way = [at("out of GPU", source), *(at("host root", root) for root in roots), at("into GPU", target)]
         return way, links.host.link
 
     def storage(self, target: int) -> tuple[list[Station], Link]:
         """The queue of the SSDs of the target's node, and how fast they are."""
         assert self.links.storage is not None, "only asked where experts lie on SSD"
-        return [self._stations["storage of node"][target // self._node_size]], self.links.storage
+        return [self._at("storage of node", target // self._node_size)], self.links.storage

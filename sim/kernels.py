@@ -19,11 +19,12 @@ def place(
     ends_S: Any,
     decode: bool,
     rank_T: Any,
+    last_T: Any,
     tokens_SG: Any,
     pairs_SG: Any,
     cached_SG: Any,
 ) -> None:
-    """`traces.assign_ranks` and `cost.rank_tokens` of every step."""
+    """`traces.assign_ranks` and `cost.rank_tokens` of every step; and where each token's request ends."""
     G = tokens_SG.shape[1]
     begin = 0
     for s in range(len(ends_S)):
@@ -37,6 +38,7 @@ def place(
                 if tokens_SG[s, g] < tokens_SG[s, rank]:
                     rank = g
             rank_T[t:end] = rank
+            last_T[t:end] = end
             length, start = end - t, position_T[t]
             tokens_SG[s, rank] += length
             pairs_SG[s, rank] += length * (start + length)
@@ -50,8 +52,10 @@ def place(
 def count(
     ids_NLK: Any,
     dropped_NL: Any,
+    drops: bool,
     rows_T: Any,
     rank_T: Any,
+    last_T: Any,
     ends_S: Any,
     holder_LE: Any,
     node_G: Any,
@@ -66,46 +70,31 @@ def count(
     load_SLG: Any,
     balance_S3: Any,
 ) -> None:
-    """What the layers of every step take: vectors of the busiest sender or receiver inside and between nodes, seconds
-    of the slowest GPU's experts (from the table `expert_s` [distinct, tiles]), each GPU's busy seconds, its loads where
-    `load_SLG` has room for them, and the sums of mean / max, mean and max of the loads."""
+    """What the layers of every step take (`drops`: some token is over capacity): vectors of the busiest sender or
+    receiver inside and between nodes, seconds of the slowest GPU's experts (from the table `expert_s` [distinct,
+    tiles]), each GPU's busy seconds, its loads where `load_SLG` has room for them, and the sums of mean / max, mean and
+    max of the loads."""
     L, E = holder_LE.shape
-    G, K = len(node_G), ids_NLK.shape[2]
-    load_E = np.empty(E, np.int64)
-    sent_2G, got_2G = np.empty((2, G), np.int64), np.empty((2, G), np.int64)
-    load_G, distinct_G, tiles_G = np.empty(G, np.int64), np.empty(G, np.int64), np.empty(G, np.int64)
+    G, N = len(node_G), node_G[-1] + 1
+    load_NE = np.empty((N, E), np.int64)
+    place_N = np.empty(N, np.int64)
+    sums_7G = np.empty((7, G), np.int64)
     begin = 0
     for s in range(len(ends_S)):
+        nodes = _nodes(rank_T[begin : ends_S[s]], node_G, place_N)
         for layer in range(L):
-            load_E[:] = 0
-            sent_2G[:] = 0
-            got_2G[:] = 0
-            load_G[:] = 0
-            distinct_G[:] = 0
-            tiles_G[:] = 0
-            for t in range(begin, ends_S[s]):
-                row, rank = rows_T[t], rank_T[t]
-                if dropped_NL[row, layer]:
-                    continue
-                for k in range(K):
-                    expert = ids_NLK[row, layer, k]
-                    load_E[expert] += 1
-                    holder = holder_LE[layer, expert]
-                    if holder != rank:
-                        far = int(node_G[holder] != node_G[rank])
-                        sent_2G[far, rank] += 1
-                        got_2G[far, holder] += 1
-            for expert in range(E):
-                tokens = load_E[expert]
-                if tokens:
-                    holder = holder_LE[layer, expert]
-                    load_G[holder] += tokens
-                    distinct_G[holder] += 1
-                    tiles_G[holder] += (tokens + tile - 1) // tile
+            load_NE[:nodes] = 0
+            sums_7G[:] = 0
+            _route(
+                ids_NLK, dropped_NL, drops, rows_T, rank_T, last_T, begin, ends_S[s], layer, holder_LE[layer], node_G,
+                place_N, load_NE, sums_7G,
+            )  # fmt: skip
+            _on_gpus(load_NE[:nodes], holder_LE[layer], node_G, place_N, tile, sums_7G)
+            _, local_G, sent_G, got_G, load_G, distinct_G, tiles_G = sums_7G
             near, far, slowest, total, peak = 0, 0, 0.0, 0, 0
             for g in range(G):
-                near = max(near, sent_2G[0, g], got_2G[0, g])
-                far = max(far, sent_2G[1, g], got_2G[1, g])
+                near = max(near, sent_G[g] - local_G[g], got_G[g] - local_G[g])
+                far = max(far, sums_7G[0, g] - sent_G[g], load_G[g] - got_G[g])
                 seconds = expert_s[distinct_G[g], tiles_G[g]]
                 slowest = max(slowest, seconds)
                 total += load_G[g]
@@ -120,6 +109,79 @@ def count(
             if len(load_SLG):
                 load_SLG[s, layer] = load_G
         begin = ends_S[s]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _nodes(rank_T: Any, node_G: Any, place_N: Any) -> int:
+    """Number the nodes that have tokens, -1 the others; returns how many there are."""
+    place_N[:] = -1
+    nodes = 0
+    for rank in rank_T:
+        if place_N[node_G[rank]] < 0:
+            place_N[node_G[rank]] = nodes
+            nodes += 1
+    return nodes
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _route(
+    ids_NLK: Any,
+    dropped_NL: Any,
+    drops: bool,
+    rows_T: Any,
+    rank_T: Any,
+    last_T: Any,
+    begin: int,
+    until: int,
+    layer: int,
+    holder_E: Any,
+    node_G: Any,
+    place_N: Any,
+    load_NE: Any,
+    sums_7G: Any,
+) -> None:
+    """Count a layer's routed tokens by expert and by the node they are on; and of each rank all of them, those whose
+    expert is there, and those whose expert is in its node."""
+    K, many = ids_NLK.shape[2], len(place_N) > 1
+    t = begin
+    while t < until:  # a request after the other: its tokens are on one rank
+        rank, end = rank_T[t], last_T[t]
+        node, pairs, local, near = node_G[rank], (end - t) * K, 0, 0
+        load_E = load_NE[place_N[node]]
+        for u in range(t, end):
+            row = rows_T[u]
+            if drops and dropped_NL[row, layer]:
+                pairs -= K
+                continue
+            for k in range(K):
+                expert = ids_NLK[row, layer, k]
+                load_E[expert] += 1
+                holder = holder_E[expert]
+                if holder == rank:
+                    local += 1
+                if many and node_G[holder] == node:
+                    near += 1
+        sums_7G[0, rank] += pairs
+        sums_7G[1, rank] += local
+        sums_7G[2, rank] += near if many else pairs
+        t = end
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _on_gpus(load_NE: Any, holder_E: Any, node_G: Any, place_N: Any, tile: int, sums_7G: Any) -> None:
+    """Add up by GPU what its experts got from its own node, all they got, how many have tokens, and their tiles."""
+    for expert in range(len(holder_E)):
+        tokens = 0
+        for place in range(len(load_NE)):
+            tokens += load_NE[place, expert]
+        if tokens:
+            holder = holder_E[expert]
+            place = place_N[node_G[holder]]
+            if place >= 0:
+                sums_7G[3, holder] += load_NE[place, expert]
+            sums_7G[4, holder] += tokens
+            sums_7G[5, holder] += 1
+            sums_7G[6, holder] += (tokens + tile - 1) // tile
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -134,14 +134,14 @@ class Residency:
         if len(wrong := np.flatnonzero((expert_X < 0) | (expert_X >= c.experts))):
             at = wrong[0]
             raise PolicyError(f"placement of layer {layer_X[at]}: expert {expert_X[at]} does not exist")
-        copies_LEG = np.zeros(self.usable_LEG.shape, np.int32)
-        np.add.at(copies_LEG, (layer_X, expert_X, gpu_X), 1)
-        if len(twice := np.argwhere(copies_LEG > 1)):
-            layer, expert, gpu = twice[0]
+        place_X = np.ravel_multi_index((layer_X, expert_X, gpu_X), self.usable_LEG.shape)
+        found, copies = np.unique(place_X, return_counts=True)
+        if len(found) < len(place_X):
+            layer, expert, gpu = np.unravel_index(found[copies > 1][0], self.usable_LEG.shape)
             raise PolicyError(f"placement of layer {layer}: expert {expert} is twice on GPU {gpu}")
         self.layer_GS[gpu_X, layer_X * c.layer_slots + slot_X] = layer_X
         self.expert_GS[gpu_X, layer_X * c.layer_slots + slot_X] = expert_X
-        self.usable_LEG |= copies_LEG > 0
+        self.usable_LEG[layer_X, expert_X, gpu_X] = True
         self._check_nothing_lost(range(c.layers))
 
     def begin(self, transfers: list[Transfer]) -> None:

@@ -42,6 +42,7 @@ class StaticSteps:
         self._holder_LE = usable_LEG.argmax(axis=2)
         self._node_G = np.arange(scenario.cluster.gpus) // profile.node_size
         self._ids, self._dropped = np.ascontiguousarray(scenario.run.topk_ids), scenario.run.dropped
+        self._drops = bool(self._dropped.any())
         dense_L = np.array(dense_layers_before(scenario.spec.stack(scenario.stack)))
         self._dense_A, self._kind_L = np.unique(dense_L, return_inverse=True)
         distinct, tiles = np.meshgrid(*(np.arange(n) for n in _table_shape(scenario, profile)), indexing="ij")
@@ -55,9 +56,12 @@ class StaticSteps:
         arrive."""
         timeout, keep = env.timeout, book.keep_steps
         layers, done = self._scenario.cluster.layers, 0
+        busy_G = np.zeros(self._scenario.cluster.gpus)
         for first in range(0, len(self._scenario.batches), BLOCK):
             block = self._scenario.batches[first : first + BLOCK]
-            waits, records, sums_S3 = self._block(block, decide_s, keep)
+            waits, records, sums_S3, busy_SG = self._block(block, decide_s, keep)
+            for step_G in busy_SG:  # one after the other, as elsewhere
+                busy_G += step_G
             for wait, record, (balance, mean_load, peak_load) in zip(waits, records, sums_S3, strict=True):
                 begin = env.now
                 for seconds in wait:
@@ -72,12 +76,13 @@ class StaticSteps:
                 done += 1
                 if progress:
                     progress(done)
+        book.totals.busy_s = busy_G.tolist()
 
     def _block(
         self, block: tuple[Batch, ...], decide_s: float, keep: bool
-    ) -> tuple[list[list[float]], list[dict[str, Any]], list[list[float]]]:
-        """What every step waits for, one after the other; its record, still without a duration; and the sums of its
-        loads."""
+    ) -> tuple[list[list[float]], list[dict[str, Any]], list[list[float]], Seconds]:
+        """What every step waits for, one after the other; its record, still without a duration (and without what each
+        GPU did unless it is kept); the sums of its loads; and the busy seconds of its GPUs."""
         from moesim.sim.kernels import count, place, sums  # compiled: only who runs a static policy pays for it
 
         c, S = self._scenario.cluster, len(block)
@@ -86,17 +91,17 @@ class StaticSteps:
         position_T = np.concatenate([batch.tokens.position for batch in block])
         tokens_S = [len(batch.tokens) for batch in block]
         ends_S = np.cumsum(tokens_S)
-        rank_T = np.empty(len(rows_T), np.int64)
+        rank_T, last_T = np.empty((2, len(rows_T)), np.int64)
         tokens_SG, pairs_SG, cached_SG = np.zeros((3, S, c.gpus), np.int64)
         decode = self._scenario.phase is Phase.DECODE
-        place(request_T, position_T, ends_S, decode, rank_T, tokens_SG, pairs_SG, cached_SG)
+        place(request_T, position_T, ends_S, decode, rank_T, last_T, tokens_SG, pairs_SG, cached_SG)
         attention_SAG = self._attention(RankTokens(tokens_G=tokens_SG, pairs_G=pairs_SG, cached_G=cached_SG))
         near_SL, far_SL = np.empty((2, S, c.layers), np.int64)
         experts_SL, busy_SG = np.empty((S, c.layers)), np.zeros((S, c.gpus))
         load_SLG = np.empty((S if keep else 0, c.layers, c.gpus), np.int64)
         sums_S3, sums_S4 = np.zeros((S, 3)), np.zeros((S, 4))
         count(
-            self._ids, self._dropped, rows_T, rank_T, ends_S, self._holder_LE, self._node_G,
+            self._ids, self._dropped, self._drops, rows_T, rank_T, last_T, ends_S, self._holder_LE, self._node_G,
             self._profile.gpu.tile_rows, self._expert_s, attention_SAG, self._kind_L,
             near_SL, far_SL, experts_SL, busy_SG, load_SLG, sums_S3,
         )  # fmt: skip
@@ -108,7 +113,7 @@ class StaticSteps:
         waits = wait_SLX.reshape(S, -1).tolist()
         if decide_s:
             waits = [[decide_s, *wait] for wait in waits]
-        busy, loads = busy_SG.tolist(), load_SLG.tolist() if keep else [[]] * S
+        busy, loads = (busy_SG.tolist(), load_SLG.tolist()) if keep else ([[]] * S, [[]] * S)
         records = [
             {
                 "tokens": tokens_S[s],
@@ -118,7 +123,7 @@ class StaticSteps:
             }
             for s, spent in enumerate(sums_S4.tolist())
         ]
-        return waits, records, sums_S3.tolist()
+        return waits, records, sums_S3.tolist(), busy_SG
 
     def _attention(self, ranks: RankTokens) -> Seconds:
         """[S, A, G] seconds of attention and dense parts, by kind of layer."""
@@ -138,4 +143,5 @@ def is_static(scenario: Scenario, policy: Policy, profile: HardwareProfile, usab
     rule = policy.recipe
     never = isinstance(rule.rule, Never) and policy.predictor is None and rule.miss is None
     distinct, tiles = _table_shape(scenario, profile)
-    return never and bool((usable_LEG.sum(axis=2) == 1).all()) and distinct * tiles <= LARGEST_TABLE
+    once = bool(usable_LEG.any(axis=2).all()) and np.count_nonzero(usable_LEG) == usable_LEG[..., 0].size
+    return never and once and distinct * tiles <= LARGEST_TABLE
