@@ -14,6 +14,7 @@ COMMANDS = {
     "record": ("moesim.cli.record", "record"),
     "trace": ("moesim.cli.trace", "trace"),
     "simulate": ("moesim.cli.simulate", "simulate"),
+    "explain": ("moesim.cli.explain", "explain"),
     "run-gpu": ("moesim.cli.run_gpu", "run_gpu"),
     "calibrate": ("moesim.cli.calibrate", "calibrate"),
     "profile": ("moesim.cli.profile", "profile"),

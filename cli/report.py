@@ -23,7 +23,7 @@ def results_json(results: list[Result], baseline: str) -> dict[str, Any]:
     entries = [
         {
             "policy": result.policy,
-            "speedup": base.total_s / result.total_s,
+            "speedup": speedup(result, base),
             "metrics": result.metrics(),
             "phase_s": result.phase_s(),
             "config": {k: v for k, v in result.config.items() if k not in shared},
@@ -33,13 +33,25 @@ def results_json(results: list[Result], baseline: str) -> dict[str, Any]:
     return {"baseline": baseline, "kind": base.kind, "config": shared, "results": entries}
 
 
+def speedup(result: Result, base: Result) -> float:
+    """Time of the baseline / time of the policy; in an open loop, where the arrivals say how long a run takes, of the
+    median request's latency."""
+    if result.serving:
+        return float(base.serving["latency_s"]["p50"] / result.serving["latency_s"]["p50"])
+    return base.total_s / result.total_s
+
+
 def print_results(results: list[Result], baseline: str, console: Console | None = None) -> None:
-    """Four tables (speed, the critical path, where the GPUs' time goes, copies and forecasts) and the footnotes."""
+    """Four tables (speed, the critical path, where the GPUs' time goes, copies and forecasts), in an open loop one of
+    the requests, and the footnotes."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     base = _named(results, baseline)
-    for table in (_speed_table(results, base), _phase_table(results), _share_table(results), _copy_table(results)):
+    tables = [_speed_table(results, base), _phase_table(results), _share_table(results), _copy_table(results)]
+    if base.serving:
+        tables.insert(1, _request_table(results))
+    for table in tables:
         console.print(table)
     for line in footnotes(results, baseline):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -48,14 +60,16 @@ def print_results(results: list[Result], baseline: str, console: Console | None 
 def footnotes(results: list[Result], baseline: str) -> list[str]:
     """What the numbers refer to: baseline, window, split, profile, and whether deciding took time."""
     config, kind = _named(results, baseline).config, results[0].kind
+    of = "the median request's latency" if "arrivals" in config else "all steps"
     lines = [
-        f"speedup: time of {baseline} / time of the policy, all steps, same inputs ({kind}). balancedness: mean / max "
+        f"speedup: time of {baseline} / time of the policy, {of}, same inputs ({kind}). balancedness: mean / max "
         "of the GPU loads, mean over layers and steps. utilisation: share of the time that a GPU computes. barrier: "
         "waiting for the slowest GPU of a phase. weights: waiting for blocking copies.",
         f"window: {window(config)}, {config['extra_slots']} extra slots a GPU and layer.",
         "hidden: share of the moved bytes that arrived before they were needed. late: copies that had not arrived when "
         "their layer ran (it ran without them). recall, load error: of the forecasts; those of oracles are the truth.",
     ]
+    lines += _conditions(config) + _not_exact(results)
     if config["recorded"] == "loads":
         lines.append(
             "the recording counts tokens and kept none: tokens are drawn so that every load comes out, each a request "
@@ -73,9 +87,51 @@ def window(config: dict[str, Any]) -> str:
     """What was run, in words: without it no number means anything."""
     return (
         f"{config['phase']} of {config['family']}, {config['gpus']} GPUs, {config['batch']} a step in order of "
-        f"{config['order']}, {config['steps']} steps, {config['tokens']} tokens, {config['dtype']}; fitted on one part "
+        f"{config['order']}, {_amount(config)}, {config['dtype']}; fitted on one part "
         f"of the requests and run on the other, split by {config['split']}"
     )
+
+
+def _amount(config: dict[str, Any]) -> str:
+    if "arrivals" in config:
+        return f"{config['requests']} requests that arrive by themselves ({config['arrivals']}, seed {config['seed']})"
+    return f"{config['steps']} steps, {config['tokens']} tokens"
+
+
+def _conditions(config: dict[str, Any]) -> list[str]:
+    """What differs from the plainest run."""
+    found = []
+    if config.get("resident") is not None:
+        found.append(f"{config['resident']} resident slots a GPU and layer, the host's memory has the rest")
+    if n := config.get("tensor_parallel"):
+        found.append(f"attention tensor-parallel over {n} GPUs")
+    if n := config.get("micro_batches"):
+        how = "one after the other" if config.get("overlap") is False else "in flight together"
+        found.append(f"{n} micro-batches {how}")
+    if config.get("send"):
+        found.append(f"tokens sent {config['send'].replace('-', ' ')}")
+    if config.get("contention", "none") != "none":
+        found.append(f"contention: {config['contention']}")
+    found += [f"fault {fault}" for fault in config.get("faults", ())]
+    return [f"conditions: {'; '.join(found)}."] if found else []
+
+
+def _not_exact(results: list[Result]) -> list[str]:
+    """Which results are not what the model computes."""
+    lines = []
+    for result in results:
+        totals = result.totals
+        if totals.lost_tokens:
+            lines.append(
+                f"{result.policy}: {totals.lost_tokens:,} (token, expert) pairs were not computed, no living GPU held "
+                "their expert. Its results are not the model's, its time is not comparable."
+            )
+        if totals.rounded_tokens:
+            lines.append(
+                f"{result.policy}: {totals.rounded_tokens:,} (token, expert) pairs were computed with copies in "
+                f"{result.config['copy_dtype']}. Its results are not exact, and their quality was not measured here."
+            )
+    return lines
 
 
 def _decisions(results: list[Result]) -> str:
@@ -96,12 +152,29 @@ def _speed_table(results: list[Result], base: Result) -> Table:
         used = m["utilisation_G"]
         table.add_row(
             result.policy,
-            f"{base.total_s / result.total_s:.3f}x",
+            f"{speedup(result, base):.3f}x",
             *latency,
             f"{m['throughput_tokens_per_s']:,.0f}",
             f"{m['balancedness_mean_of_ratios']:.3f}",
             f"{min(used):.0%} .. {max(used):.0%}",
         )
+    return table
+
+
+def _request_table(results: list[Result]) -> Table:
+    table = _table("Requests: milliseconds")
+    names = {"queueing_s": "queueing", "ttft_s": "TTFT", "tpot_s": "TPOT", "latency_s": "latency"}
+    shown = {name: label for name, label in names.items() if name in results[0].serving}
+    for label in shown.values():
+        table.add_column(f"{label} p50", justify="right")
+        table.add_column("p99", justify="right")
+    for column in ("requests/s", "goodput/s"):
+        table.add_column(column, justify="right")
+    for result in results:
+        s = result.serving
+        marks = [f"{1e3 * s[name][mark]:.2f}" for name in shown for mark in ("p50", "p99")]
+        good = f"{s['goodput_per_s']:,.1f}" if "goodput_per_s" in s else "-"
+        table.add_row(result.policy, *marks, f"{s['requests_per_s']:,.1f}", good)
     return table
 
 

@@ -26,8 +26,11 @@ SURFACE = {
     "trace formats": "--json",
     "trace synth": "--out --like --experts --layers --top-k --requests --request-tokens --skew --drift --coupling "
     "--overlap --domains --domain-shift --arrival --window-tokens --shapes --seed --force --json",
-    "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --max-steps --dtype "
-    "--shapes --json --out --picture --contention --timeline --event-log --decision-log",
+    "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --resident --max-steps "
+    "--shapes --dtype --contention --tensor-parallel --micro-batches --no-overlap --send --copy-dtype --arrivals "
+    "--requests --seed --max-running --ttft-ms --tpot-ms --fault --workers --json --out --picture --timeline "
+    "--event-log --decision-log",
+    "explain": "--policy --step --timeline --json",
     "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
     "--repeats --warmup --dtype --json --out --decision-log",
     "calibrate": "--ranks --device --out --dtype --batch-tokens --extra-slots",
@@ -50,7 +53,7 @@ def commands(group=main, prefix=""):
 
 
 def options(command):
-    return " ".join(p.opts[-1] for p in command.params if isinstance(p, click.Option))
+    return " ".join((p.secondary_opts or p.opts)[-1] for p in command.params if isinstance(p, click.Option))
 
 
 def test_commands_and_options_are_frozen():
