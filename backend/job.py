@@ -95,7 +95,10 @@ def check_options(job: Job) -> None:
         raise InputError("--repeats must be at least 1 and --warmup at least 0")
     for policy in job.policies:
         if recipe(policy).simulated_only:
-            raise InputError(f"policy {policy!r} is a bound that no machine can reach: it runs in the simulator only")
+            raise InputError(
+                f"policy {policy!r} runs in the simulator only: a bound that no machine can reach, or a mechanism that "
+                "the real executor does not have yet"
+            )
 
 
 def model_config(folder: Path) -> dict[str, Any]:

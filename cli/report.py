@@ -162,13 +162,13 @@ def _speed_table(results: list[Result], base: Result) -> Table:
 
 
 def _request_table(results: list[Result]) -> Table:
-    table = _table("Requests: milliseconds")
-    names = {"queueing_s": "queueing", "ttft_s": "TTFT", "tpot_s": "TPOT", "latency_s": "latency"}
+    table = _table("Requests: milliseconds from arrival to start, to the first token, per further token, to the end")
+    names = {"queueing_s": "queue", "ttft_s": "TTFT", "tpot_s": "TPOT", "latency_s": "total"}
     shown = {name: label for name, label in names.items() if name in results[0].serving}
     for label in shown.values():
         table.add_column(f"{label} p50", justify="right")
         table.add_column("p99", justify="right")
-    for column in ("requests/s", "goodput/s"):
+    for column in ("req/s", "good/s"):
         table.add_column(column, justify="right")
     for result in results:
         s = result.serving

@@ -21,6 +21,13 @@ MUST_AGREE = (
     "steps",
     "tokens",
     "dtype",
+    "resident",
+    "tensor_parallel",
+    "micro_batches",
+    "send",
+    "copy_dtype",
+    "arrivals",
+    "faults",
 )
 """Keys of `Result.config` without which a simulated and a measured run are not about the same thing."""
 

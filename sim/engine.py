@@ -146,7 +146,7 @@ class Machine:
 
     def steps(self, source: Source, progress: Callable[[int], None] | None) -> Steps:
         """The process of the run: what the source hands out, one step after the other."""
-        number = 0
+        number, execution = 0, self.execution
         while (step := source.next(float(self.env.now))) is not None:
             if isinstance(step, float):
                 begin = float(self.env.now)
@@ -155,7 +155,7 @@ class Machine:
                 continue
             self._number = number
             self.log("step begins", tokens=len(step.tokens))
-            yield from self._parts(micro_batches(step, self.execution.micro_batches, self._groups))
+            yield from self._parts(micro_batches(step, execution.micro_batches, self._groups, execution.overlap))
             self.log("step ends")
             for done in source.ended(float(self.env.now)):
                 self.log("request done", **done)

@@ -85,7 +85,7 @@ class Book:
         busy_G: Any = 0.0
         for event in self._phases:  # in order, whatever numpy would do: both ways of the engine agree to the bit
             if "gpu_s" in event:
-                busy_G = busy_G + event["gpu_s"]
+                busy_G = busy_G + np.asarray(event["gpu_s"])
         self.add(
             StepRecord(
                 duration_s=now_s - self._begin["time_s"],

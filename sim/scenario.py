@@ -219,33 +219,42 @@ def _scenario(
     )
 
 
-def micro_batches(step: StepInput, count: int, groups: int) -> list[StepInput]:
+def micro_batches(step: StepInput, count: int, groups: int, together: bool) -> list[StepInput]:
     """`step`, whose requests lie on `groups` ranks, in at most `count` parts by whole requests: those of every rank go,
-    in order, to the part with the fewest of its tokens. The queued step is cut in the same way, and each part sees its
-    own part of it."""
+    in order, to the part with the fewest of its tokens. What a part sees queued is its own part of the next step where
+    parts run `together`, and the part after it where they run in turn."""
     if count == 1:
         return [step]
     mine_T = _parts(step.tokens.request, step.rank, count)
-    queued_T = None
-    if step.queued is not None:
+    mine = [(step.tokens.take(rows), step.ids[rows]) for rows in _rows(mine_T, count)]
+    waiting: list[tuple[StepTokens, NDArray[np.integer]]] = []
+    if step.queued is not None and step.queued_ids is not None:
         queued_T = _parts(step.queued.request, assign_ranks(step.queued.request, groups), count)
+        waiting = [(step.queued.take(rows), step.queued_ids[rows]) for rows in _rows(queued_T, count)]
+    if not together:
+        waiting = mine[1:] + waiting[:1]
     found = []
-    for part in range(count):
-        rows = np.flatnonzero(mine_T == part)
-        waiting = np.flatnonzero(queued_T == part) if queued_T is not None else np.zeros(0, np.intp)
-        if len(rows):
-            found.append(
-                StepInput(
-                    tokens=step.tokens.take(rows),
-                    queued=step.queued.take(waiting) if step.queued is not None and len(waiting) else None,
-                    rank=step.rank[rows],
-                    ids=step.ids[rows],
-                    dropped=step.dropped[rows],
-                    decode=step.decode[rows],
-                    queued_ids=step.queued_ids[waiting] if step.queued_ids is not None and len(waiting) else None,
-                )
+    for part, rows in enumerate(_rows(mine_T, count)):
+        queued, queued_ids = waiting[part] if part < len(waiting) else (None, None)
+        tokens, ids = mine[part]
+        found.append(
+            StepInput(
+                tokens=tokens,
+                queued=queued,
+                rank=step.rank[rows],
+                ids=ids,
+                dropped=step.dropped[rows],
+                decode=step.decode[rows],
+                queued_ids=queued_ids,
             )
+        )
     return found
+
+
+def _rows(part_T: NDArray[np.int64], count: int) -> list[NDArray[np.intp]]:
+    """The rows of every part that has any."""
+    rows = (np.flatnonzero(part_T == part) for part in range(count))
+    return [some for some in rows if len(some)]
 
 
 def _parts(request_T: NDArray[np.int32], rank_T: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -37,7 +37,7 @@ class Recipe:
     rule: Rule = NEVER
     split: Split = exact_split
     simulated_only: bool = False
-    """True for bounds that no machine can reach."""
+    """True for bounds that no machine can reach, and for what the real executor does not have yet."""
     double_buffered: bool = False
     """Replicas of all layers share two buffers, see `Cluster`."""
     miss: Miss | None = None
@@ -114,6 +114,7 @@ POLICIES: dict[str, Recipe] = {
         predictor="markov",
         rule=Replicate(next_batch=False),
         double_buffered=True,
+        simulated_only=True,
     ),
     "predictive-batch": Recipe(
         summary="replicate the next batch's hot experts, forecast from queued tokens (arXiv 2605.11537, true router)",
@@ -138,11 +139,13 @@ POLICIES: dict[str, Recipe] = {
         summary="slots for some experts only, the rest in host memory: copied when needed, least recently used goes",
         placement=resident_placement,
         miss="wait",
+        simulated_only=True,
     ),
     "on-demand-cpu": Recipe(
         summary="on-demand, but a missing expert runs on the CPU where that is faster than its copy (Fiddler)",
         placement=resident_placement,
         miss="cpu",
+        simulated_only=True,
     ),
     "prefetch-layer": Recipe(
         summary="on-demand, and what the next layer is forecast to need is copied before it is asked for",
@@ -150,6 +153,7 @@ POLICIES: dict[str, Recipe] = {
         predictor="markov",
         rule=Prefetch(),
         miss="wait",
+        simulated_only=True,
     ),
 }
 

@@ -62,7 +62,7 @@ def test_results_log_and_json_of_one_run(inputs, tmp_path):
     ("change", "says"),
     [
         (["--policy", "best"], "unknown policy 'best'; known: contiguous"),
-        (["--policy", "oracle"], "'oracle' is a bound that no machine can reach"),
+        (["--policy", "oracle"], "'oracle' runs in the simulator only: a bound that no machine can reach"),
         (["--policy", ","], "names no policy"),
         (["--ranks", 0], "--ranks must be at least 1"),
         (["--ranks", 9], "more than the 8 experts"),

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from helpers import make_spec, make_table
 from moesim.cli import main
 from moesim.sim import runs
+from moesim.sim.events import result_of
+from moesim.sim.log import read_log
 from moesim.sim.policies import POLICIES, offloading
 from moesim.sim.profile import load_profile
 from moesim.sim.results import load_results
@@ -209,9 +211,10 @@ def test_loads_run_whatever_needs_no_tokens(loads):
     # The same tokens reach the same GPUs whether they were recorded or drawn: contiguous placement, later half.
     table = make_table(requests=20)
     load_LG = load_LE(table.topk_ids[table.request >= 10], 8).reshape(3, 2, 4).sum(axis=2)
-    saved = run("--policy", "balanced", "--profile", NODE, "--gpus", 2, "--out", loads.parent / "r.json", trace=loads)
+    log = loads.parent / "events.jsonl"
+    saved = run("--policy", "balanced", "--profile", NODE, "--gpus", 2, "--event-log", log, trace=loads)
     assert "attention is underestimated" in saved.stdout
-    contiguous = load_results(loads.parent / "r.json")[0]
+    contiguous = result_of(read_log(log)["contiguous"])
     assert (np.array([step.load_LG for step in contiguous.steps]).sum(axis=0) == load_LG).all()
 
 
