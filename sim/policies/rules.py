@@ -124,7 +124,8 @@ class Replicate:
 class Prefetch:
     """Where the host backs the GPUs' slots: after layer l has routed, bring what layer l+1 is forecast to need.
 
-    Each GPU takes its experts by forecast load, as many as it has slots, over those that are forecast least. Source:
+    Each GPU takes its experts by forecast load, as many as it has slots and no more than there are choices to make (a
+    token alone brings its K likeliest), over those that are forecast least. Source:
     the rule that offloading systems share (Pre-gated MoE, arXiv 2308.12066; MoE-Infinity, arXiv 2401.14361).
     """
 
@@ -137,10 +138,11 @@ class Prefetch:
         c, load_E = residency.cluster, forecast.load
         slots_GS = residency.experts_GS(target.layer)
         home_E = np.array([c.home_gpu(e) for e in range(c.experts)])
+        most = min(c.layer_slots, max(round(float(load_E.sum())), 1))
         moves = []
         for gpu in np.flatnonzero(residency.alive_G).tolist():
-            mine = np.flatnonzero((home_E == gpu) & (load_E >= 1))
-            wanted = mine[np.argsort(-load_E[mine], kind="stable")][: c.layer_slots].tolist()
+            mine = np.flatnonzero((home_E == gpu) & (load_E > 0))
+            wanted = mine[np.argsort(-load_E[mine], kind="stable")][:most].tolist()
             # Empty slots first, then what is forecast least.
             worth_S = np.where(slots_GS[gpu] == EMPTY, -1.0, load_E[slots_GS[gpu]])
             free = [i for i in np.argsort(worth_S, kind="stable").tolist() if slots_GS[gpu, i] not in wanted]
