@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moesim.sim.engine import simulate
+from moesim.sim.execution import Execution
 from moesim.sim.policies import make_policy
 from moesim.sim.profile import HardwareProfile, load_profile
 from moesim.sim.scenario import Scenario, make_scenario
@@ -166,7 +167,7 @@ def speedup(case: Case, tokens: int, size: Size) -> Point:
     """Time of `balanced` over time of `oracle`, simulated."""
     scene, node = scene_of(case, tokens, size), node_of(case)
     plain, replicated = (
-        simulate(scene, make_policy(name, scene.cluster, scene.fit), node, dtype=DTYPE)
+        simulate(scene, make_policy(name, scene.cluster, scene.fit), node, execution=Execution(dtype=DTYPE), keep_steps=False)
         for name in ("balanced", "oracle")
     )
     return plain.phase_s()["experts"] / replicated.phase_s()["experts"], plain.total_s / replicated.total_s
