@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from moesim.backend.session import describe_device
 from moesim.backend.switch import load_model
 from moesim.backend.synthetic import random_model, synthetic_scenario
 from moesim.sim.cost import RankTokens, rank_tokens
+from moesim.sim.curves import ExpertCurve
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.profile import Gpu, HardwareProfile, HostLink, Link, Links, Provenance
 from moesim.sim.residency import Cluster
@@ -40,11 +42,15 @@ DECISION_STEPS = 9
 ATTENTION_SHAPES = ((1, 16), (16, 16), (1, 64), (4, 64), (16, 64), (1, 128), (4, 128), (8, 128), (16, 128), (4, 256))
 """(requests a rank, tokens a request)."""
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024)
+"""Tokens of each expert that has any."""
+SHORT_TOKENS, LONG_TOKENS = 512, 4096
+"""Expert phases of at most, and of more than, so many tokens are repeated more, and less, often than others."""
 ROWS = (0, 1, 8, 64, 256, 1024)
 """Rows that each rank sends to each other one."""
 COPIES = (1 / 64, 1 / 8, 1, 4)
 """Messages between two ranks, in experts."""
-REPEATS = 7
+REPEATS, LONG_REPEATS, SHORT_REPEATS = 7, 3, 25
+"""Short work is noisy, messages above all, and a curve keeps the noise that a fit evens out."""
 
 
 @torch.inference_mode()
@@ -68,7 +74,7 @@ def calibrate_ranks(job: Job, ranks: Ranks) -> None:
     tokens_of_ranks, attention_s = _attention(
         job, executor, synthetic_scenario(spec, cluster, shapes, rng, job.workload)
     )
-    tokens_EN, experts_s = _experts(job, executor)
+    tokens_EN, experts_s, curve = _experts(job, executor)
     job.say(ranks.rank, 0.85, "links and memory")
     nbytes_per_s = _memory_rate(ranks)
     compute = Compute(
@@ -84,14 +90,16 @@ def calibrate_ranks(job: Job, ranks: Ranks) -> None:
     if ranks.rank == 0:
         gpu = without_noise(fit_gpu(compute, spec, stack, job.dtype))
         error = relative_error(gpu, compute, spec, stack, job.dtype)
+        # The fit and its error are the formula's own; the curve goes before it where experts have this shape.
+        gpu = replace(gpu, expert_curves=(curve,))
         _profile(job, ranks, gpu, links, decide_s, compute, error).save(job.result_file)
 
 
-def seconds_of(ranks: Ranks, work: Callable[[], object]) -> Floats:
+def seconds_of(ranks: Ranks, work: Callable[[], object], repeats: int = REPEATS) -> Floats:
     """[G] median over the repeats of each rank's seconds for `work`, which all ranks begin together."""
     clock = clock_of(ranks.device)
     taken = []
-    for _ in range(REPEATS + 2):
+    for _ in range(repeats + 2):
         ranks.barrier()
         clock.mark()
         work()
@@ -139,16 +147,19 @@ def _attention(job: Job, executor: Executor, scenario: Scenario) -> tuple[RankTo
     return together, np.median(runs[1:], axis=0).ravel()
 
 
-def _experts(job: Job, executor: Executor) -> tuple[Any, Floats]:
-    """Tokens by expert [E, N] and median seconds [N] of expert phases over tokens and distinct experts."""
+def _experts(job: Job, executor: Executor) -> tuple[Any, Floats, ExpertCurve]:
+    """Tokens by expert [E, N] and median seconds [N] of expert phases over distinct experts and the tokens of each of
+    them, and the same as a curve. Replica slots are in use, too: there are phases with more experts than are at home.
+    """
     ranks, cluster, shape = executor.ranks, executor.scenario.cluster, executor.patched.shape
     executor.run(make_policy("contiguous", cluster, executor.scenario.fit))
-    distinct = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < cluster.home_slots] + [cluster.home_slots]
-    grid = [(tokens, n) for tokens in EXPERT_TOKENS for n in distinct if n <= tokens]
+    most = min(cluster.layer_slots, cluster.experts)
+    distinct = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+    grid = [(n, rows) for n in distinct for rows in EXPERT_TOKENS]
     samples, seconds = [], []
-    for done, (tokens, n) in enumerate(grid):
+    for done, (n, rows) in enumerate(grid):
         job.say(ranks.rank, 0.7 + 0.15 * done / len(grid), "experts")
-        count_X = np.bincount(np.arange(tokens) % n, minlength=n)
+        tokens, count_X = n * rows, np.full(n, rows)
         x_ND = torch.randn((tokens, shape.d_model), device=ranks.device).to(shape.dtype)
         group = torch.randperm(tokens, device=ranks.device)
         turn = iter(range(10**6))
@@ -159,8 +170,19 @@ def _experts(job: Job, executor: Executor) -> tuple[Any, Floats]:
             executor.slots.apply(x_ND, group, list(range(first, first + n)), count_X.tolist())
 
         samples.append(np.pad(count_X, (0, cluster.experts - n)))
-        seconds.append(float(np.median(seconds_of(ranks, work))))
-    return np.stack(samples, axis=1), np.array(seconds)
+        repeats = SHORT_REPEATS if tokens <= SHORT_TOKENS else REPEATS if tokens <= LONG_TOKENS else LONG_REPEATS
+        seconds.append(float(np.median(seconds_of(ranks, work, repeats))))
+    per = len(EXPERT_TOKENS)
+    curve = ExpertCurve(
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        gated=False,
+        dtype=job.dtype,
+        distinct=tuple(distinct),
+        rows=EXPERT_TOKENS,
+        seconds=tuple(tuple(seconds[i : i + per]) for i in range(0, len(seconds), per)),
+    )
+    return np.stack(samples, axis=1), np.array(seconds), curve
 
 
 def _links(executor: Executor, nbytes_per_s: float) -> Links:
@@ -175,12 +197,12 @@ def _links(executor: Executor, nbytes_per_s: float) -> Links:
     for rows in ROWS:
         x_ND = torch.zeros((rows * ranks.size, shape.d_model), dtype=shape.dtype, device=ranks.device)
         order = torch.randperm(len(x_ND), device=ranks.device)
-        took = seconds_of(ranks, partial(_there_and_back, ranks, x_ND, order, [rows] * ranks.size))
+        took = seconds_of(ranks, partial(_there_and_back, ranks, x_ND, order, [rows] * ranks.size), SHORT_REPEATS)
         moved.append(rows * (ranks.size - 1) * shape.d_model * shape.dtype.itemsize)
         seconds.append(float(took.max()) / 2)
     all_to_all = fit_link(np.array(moved, float), np.array(seconds))
     sizes = [max(int(shape.bytes * part), 1) for part in COPIES]
-    copies = [float(seconds_of(ranks, partial(_to_neighbour, ranks, n)).max()) for n in sizes]
+    copies = [float(seconds_of(ranks, partial(_to_neighbour, ranks, n), SHORT_REPEATS).max()) for n in sizes]
     return Links(p2p=fit_link(np.array(sizes, float), np.array(copies)), host=host, all_to_all=all_to_all)
 
 

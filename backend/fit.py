@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 from moesim.sim.cost import RankTokens, attention_seconds, expert_seconds
+from moesim.sim.curves import MessageCurve
 from moesim.sim.dispatch import Ints
 from moesim.sim.profile import Attention, Gpu, Link
 from moesim.traces import ModelSpec, StackSpec
@@ -76,10 +77,24 @@ def fit_gpu(found: Compute, spec: ModelSpec, stack: StackSpec, dtype: str) -> Gp
 
 
 def fit_link(nbytes_N: Floats, seconds_N: Floats) -> Link:
-    """Latency and bandwidth of messages, by least relative squares, neither negative."""
+    """Latency and bandwidth of messages, by least relative squares, neither negative, and the samples as a curve."""
     terms = np.stack([np.ones_like(nbytes_N), nbytes_N], axis=1) / seconds_N[:, None]
     (latency_s, per_byte), _ = nnls(terms, np.ones_like(seconds_N))
-    return Link(latency_s=float(latency_s), bytes_per_s=1 / max(float(per_byte), 1e-13))
+    return Link(
+        latency_s=float(latency_s),
+        bytes_per_s=1 / max(float(per_byte), 1e-13),
+        curve=message_curve(nbytes_N, seconds_N),
+    )
+
+
+def message_curve(nbytes_N: Floats, seconds_N: Floats) -> MessageCurve | None:
+    """The samples in order of size, the median where a size is there twice; empty messages are left out, as they have
+    no place on a logarithmic scale. None where fewer than two sizes remain."""
+    sizes = [float(size) for size in np.unique(nbytes_N[nbytes_N > 0])]
+    if len(sizes) < 2:
+        return None
+    seconds = tuple(float(np.median(seconds_N[nbytes_N == size])) for size in sizes)
+    return MessageCurve(nbytes=tuple(sizes), seconds=seconds)
 
 
 def relative_error(gpu: Gpu, found: Compute, spec: ModelSpec, stack: StackSpec, dtype: str) -> dict[str, float]:

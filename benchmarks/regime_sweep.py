@@ -167,7 +167,9 @@ def speedup(case: Case, tokens: int, size: Size) -> Point:
     """Time of `balanced` over time of `oracle`, simulated."""
     scene, node = scene_of(case, tokens, size), node_of(case)
     plain, replicated = (
-        simulate(scene, make_policy(name, scene.cluster, scene.fit), node, execution=Execution(dtype=DTYPE), keep_steps=False)
+        simulate(
+            scene, make_policy(name, scene.cluster, scene.fit), node, execution=Execution(dtype=DTYPE), keep_steps=False
+        )
         for name in ("balanced", "oracle")
     )
     return plain.phase_s()["experts"] / replicated.phase_s()["experts"], plain.total_s / replicated.total_s

@@ -76,6 +76,10 @@ def summary(profile: HardwareProfile, out: Path) -> str:
     ]
     if links.p2p:
         lines.append(f"copies: {1e6 * links.p2p.latency_s:.0f} us, {links.p2p.bytes_per_s / 1e9:,.2f} GB/s")
+    lines += [f"measured curve of experts: {curve.range_text()}" for curve in gpu.expert_curves]
+    for what, link in (("all-to-all", links.all_to_all), ("copies", links.p2p)):
+        if link and link.curve:
+            lines.append(f"measured curve of {what}: {link.curve.range_text()}")
     lines.append("decision point: " + ", ".join(f"{name} {1e6 * s:.0f} us" for name, s in profile.decide_s.items()))
     lines.append(profile.provenance.notes)
     return "\n".join(lines)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from moesim.sim.curves import EXPERT_RULE, MESSAGE_RULE, MessageCurve
 from moesim.sim.profile import HardwareProfile, load_profile, shipped_profiles
 
 UNITS = {
@@ -20,6 +22,8 @@ UNITS = {
     "_s": (1e-6, "µs"),
 }
 """Ending of a field's name to scale and unit, longest first."""
+NOISE = 0.1
+"""Share by which a measured time may be off before `check` warns."""
 
 
 @click.group()
@@ -78,9 +82,18 @@ def show(name: str, as_json: bool) -> None:
     table.add_column("value", justify="right")
     for field, value in _fields({"gpu": asdict(found.gpu), "links": asdict(found.links), "decide_s": found.decide_s}):
         table.add_row(field, value)
+    messages = _message_curves(found)
+    for field, curve in messages.items():
+        table.add_row(field, curve.range_text())
+    for i, experts in enumerate(found.gpu.expert_curves):
+        table.add_row(f"gpu.expert_curves[{i}]", experts.range_text())
     console = _console()
     console.print(table)
     lines = [f"{about.kind}, {about.date}", *about.sources, about.notes]
+    if messages:
+        lines.append(f"message curves go before latency, rate and efficiency: {MESSAGE_RULE}")
+    if found.gpu.expert_curves:
+        lines.append(f"expert curves go before the formula for experts of their shape and dtype: {EXPERT_RULE}")
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -114,12 +127,32 @@ def _warnings(found: HardwareProfile) -> list[str]:
         warnings.append("provenance.versions is empty: nobody can tell what was measured")
     if found.gpus > 1 and found.links.p2p is None:
         warnings.append("links.p2p is null: copies between GPUs share the host link's root")
+    for field, curve in _message_curves(found).items():
+        if _falls(curve.seconds):
+            warnings.append(f"{field}: a longer message took over {NOISE:.0%} less time than a shorter one")
+    for i, experts in enumerate(found.gpu.expert_curves):
+        if any(map(_falls, [*experts.seconds, *zip(*experts.seconds, strict=True)])):
+            warnings.append(f"gpu.expert_curves[{i}]: more work took over {NOISE:.0%} less time than less work")
     return warnings
 
 
+def _falls(seconds: tuple[float, ...]) -> bool:
+    """Whether times of growing work fall by more than noise explains."""
+    return any(after < (1 - NOISE) * before for before, after in pairwise(seconds))
+
+
+def _message_curves(found: HardwareProfile) -> dict[str, MessageCurve]:
+    """Dotted name of the field to its curve, for the links that have one."""
+    links = found.links
+    named = {"p2p": links.p2p, "host": links.host, "all_to_all": links.all_to_all, "network": links.network}
+    return {f"links.{name}.curve": link.curve for name, link in named.items() if link and link.curve}
+
+
 def _fields(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value with its unit) of every number."""
+    """(dotted name, value with its unit) of every number outside curves."""
     for name, value in record.items():
+        if name in ("curve", "expert_curves"):
+            continue
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{name}.")
         elif value is None:
@@ -131,7 +164,7 @@ def _fields(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 def _with_unit(field: str, value: float) -> str:
     for part in reversed(field.split(".")):
         for ending, (scale, unit) in UNITS.items():
-            if part.endswith(ending):
+            if f"_{part}".endswith(ending):
                 return f"{value / scale:,.6g} {unit}"
     return f"{value:g}"
 

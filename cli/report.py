@@ -79,8 +79,20 @@ def footnotes(results: list[Result], baseline: str) -> list[str]:
         measured = config["profile_kind"] == "measured"
         how = "measured on" if measured else "from spec sheets, not measured:"
         lines.append(f"profile: {config['profile']} ({how} {config['profile_device']}).")
+        lines += _measured_ranges(results, config)
         lines.append(_decisions(results))
     return lines
+
+
+def _measured_ranges(results: list[Result], config: dict[str, Any]) -> list[str]:
+    """Where curves were left: what is beyond them is a guess."""
+    ranges = "; ".join(f"{name} {words}" for name, words in config.get("measured", {}).items())
+    found = [f"{r.policy} {r.totals.extrapolated:,}" for r in results if r.totals.extrapolated]
+    if not found:
+        return [f"measured curves: {ranges}; nothing lies outside."] if ranges else []
+    return [
+        f"extrapolated: phases and copies outside what was measured, by policy: {', '.join(found)}. Measured: {ranges}."
+    ]
 
 
 def window(config: dict[str, Any]) -> str:

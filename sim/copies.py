@@ -83,12 +83,15 @@ class Copies:
             yield self._computing[t.displaces][-1]
         if t.source == HOST and self.on_disk_LE is not None and self.on_disk_LE[t.layer, t.expert]:
             yield from self._over(number, t, *self._fabric.storage(t.target))
-        yield from self._over(number, t, *self._fabric.route(t.source, t.target))
+        way, link = self._fabric.route(t.source, t.target)
+        outside = bool(link.outside(self._nbytes))
+        yield from self._over(number, t, way, link)
         del self._pending[number]
         useful = number not in self._late and self._driver.residency.holds(t)
         self._late.discard(number)
         self._driver.arrived(t, self._rounded)
-        self._log("transfer ends", number=number, bytes=self._nbytes, hidden=useful and not t.blocking)
+        more = {"outside": True} if outside else {}
+        self._log("transfer ends", number=number, bytes=self._nbytes, hidden=useful and not t.blocking, **more)
 
     def _over(self, number: int, t: Transfer, stations: list[Station], link: Link) -> Generator[Any, Any, None]:
         held = []

@@ -1,6 +1,7 @@
 """The cost model: seconds of each phase from token counts, a model spec and a hardware profile. Pure functions.
 
-Every term is a launch overhead plus a roofline, max(FLOPs / rate, bytes / HBM); a GPU without tokens costs nothing. Not
+Every term is a launch overhead plus a roofline, max(FLOPs / rate, bytes / HBM), or a measured curve where the profile
+has one that fits (curves.py says how it is read between and beyond its points); a GPU without tokens costs nothing. Not
 in the model: embedding and output head, activations' HBM traffic.
 Shape letters: E experts, G GPUs, L MoE layers. Knows nothing about time or policies.
 """
@@ -8,10 +9,12 @@ Shape letters: E experts, G GPUs, L MoE layers. Knows nothing about time or poli
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.sim.curves import Bools, ExpertCurve
 from moesim.sim.dispatch import Ints
 from moesim.sim.profile import Gpu, HardwareProfile
 from moesim.traces import ModelSpec, StackSpec, StepTokens, request_lengths
@@ -24,17 +27,69 @@ def expert_seconds(tokens_EG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str, taken
     """[G] one layer's experts: launch + expert_s x distinct + max(their weights / HBM, tiled FLOPs / rate).
 
     Every expert's tokens are rounded up to whole tiles. At few tokens the weights dominate and a replica costs another
-    read of them; at many the FLOPs do and a replica pays. `taken_G`: bytes/s of HBM that copies use meanwhile.
+    read of them; at many the FLOPs do and a replica pays. With a measured curve: see `expert_seconds_of`. `taken_G`:
+    bytes/s of HBM that copies use meanwhile.
     """
     distinct_G = (tokens_EG > 0).sum(axis=0)
     rows_G = (-(-tokens_EG // gpu.tile_rows)).sum(axis=0) * gpu.tile_rows
-    return expert_seconds_of(distinct_G, rows_G, gpu, spec, dtype, taken_G)
+    return expert_seconds_of(distinct_G, rows_G, gpu, spec, dtype, tokens=tokens_EG.sum(axis=0), taken=taken_G)
 
 
 def expert_seconds_of(
-    distinct: Ints, rows: Ints, gpu: Gpu, spec: ModelSpec, dtype: str, taken: float | Seconds = 0.0
+    distinct: Ints,
+    rows: Ints,
+    gpu: Gpu,
+    spec: ModelSpec,
+    dtype: str,
+    *,
+    tokens: Ints | None = None,
+    taken: float | Seconds = 0.0,
 ) -> Seconds:
-    """`expert_seconds` from the number of distinct experts and of rows in whole tiles, arrays of any one shape."""
+    """`expert_seconds` from the number of distinct experts and of rows in whole tiles, arrays of any one shape.
+
+    A curve of the profile for this shape and dtype goes before the formula. It was measured with equally many tokens
+    for each expert; unequal loads are looked up at their mean, tokens / distinct. Tiles are in what was measured, so
+    tile_rows is not used: a curve takes `tokens`, not rounded (left out: `rows`, which is the same at tile_rows 1).
+    `taken`: bytes/s of HBM that copies use; it lengthens what was measured as it lengthens the formula's.
+    """
+    curve = expert_curve(gpu, spec, dtype)
+    if curve is None:
+        return _expert_roofline(distinct, rows, gpu, spec, dtype, taken)
+    mean = _mean_tokens(distinct, rows if tokens is None else tokens)
+    alone = curve.seconds_at(distinct, mean, lambda d, r: _expert_roofline(d, d * r, gpu, spec, dtype))
+    if not np.any(taken):
+        return alone
+    formula = _expert_roofline(distinct, rows, gpu, spec, dtype)
+    longer = _expert_roofline(distinct, rows, gpu, spec, dtype, taken)
+    return alone * np.divide(longer, formula, out=np.ones_like(formula), where=formula > 0)
+
+
+def expert_curve(gpu: Gpu, spec: ModelSpec, dtype: str) -> ExpertCurve | None:
+    """The measured curve for experts of this shape and dtype, if the profile has one."""
+    if not gpu.expert_curves:
+        return None
+    widths = spec.sized()
+    wanted = (widths.d_model, widths.d_ff, widths.gated, dtype)
+    return next((curve for curve in gpu.expert_curves if curve.shape == wanted), None)
+
+
+def experts_outside(distinct: Ints, tokens: Ints, gpu: Gpu, spec: ModelSpec, dtype: str) -> Bools:
+    """Which expert phases `expert_seconds_of` extrapolates, arrays of any one shape; none where no curve is used."""
+    curve = expert_curve(gpu, spec, dtype)
+    if curve is None:
+        return np.zeros(np.shape(distinct), np.bool_)
+    return curve.outside(distinct, _mean_tokens(distinct, tokens))
+
+
+def _mean_tokens(distinct: Ints, tokens: Ints) -> Seconds:
+    """Tokens of each expert that has any, on average."""
+    return tokens / np.maximum(distinct, 1)
+
+
+def _expert_roofline(
+    distinct: Any, rows: Any, gpu: Gpu, spec: ModelSpec, dtype: str, taken: float | Seconds = 0.0
+) -> Seconds:
+    """The formula of `expert_seconds` for arrays of any one shape."""
     read = distinct * spec.expert_bytes(dtype) / (gpu.hbm_rate - taken)
     compute = rows * (2 * spec.expert_params()) / gpu.matmul_rate(dtype)
     total = gpu.launch_s + gpu.expert_s * distinct + np.maximum(read, compute)
@@ -163,12 +218,19 @@ def all_to_all_seconds(send_GG: Ints, profile: HardwareProfile, spec: ModelSpec,
     token whose K experts share a GPU is sent K times, as moesim's own executor does. The collective synchronises, so it
     costs its latency even when empty.
     """
+    near, far = busiest(send_GG, profile)
+    return float(exchange_seconds(near, far, len(send_GG), profile, spec, dtype))
+
+
+def busiest(send_GG: Ints, profile: HardwareProfile) -> tuple[Ints, Ints]:
+    """The most vectors that one GPU sends or receives inside its node, and between nodes; numbers as arrays."""
     G = len(send_GG)
     node_G = np.arange(G) // profile.node_size
     far_GG = node_G[:, None] != node_G[None, :]
     near_GG = ~far_GG & ~np.eye(G, dtype=np.bool_)
-    near, far = (_busiest(np.where(part_GG, send_GG, 0)) for part_GG in (near_GG, far_GG))
-    return float(exchange_seconds(np.array(near), np.array(far), G, profile, spec, dtype))
+    parts = (np.where(part_GG, send_GG, 0) for part_GG in (near_GG, far_GG))
+    near, far = (np.array(max(part.sum(axis=0).max(), part.sum(axis=1).max())) for part in parts)
+    return near, far
 
 
 def exchange_seconds(
@@ -178,14 +240,38 @@ def exchange_seconds(
     arrays of any one shape."""
     if gpus == 1:
         return np.zeros(near.shape)
-    vector = spec.sized().d_model * DTYPE_BYTES[dtype]
-    near_s: Seconds = profile.links.all_to_all.seconds(near * vector)
+    near_bytes, far_bytes = _exchanged(near, far, spec, dtype)
+    near_s: Seconds = profile.links.all_to_all.seconds(near_bytes)
     if profile.links.network is None or gpus <= profile.node_size:
         return near_s
-    far_s: Seconds = profile.links.network.seconds(far * vector)
+    far_s: Seconds = profile.links.network.seconds(far_bytes)
     return np.maximum(near_s, far_s)
 
 
-def _busiest(send_GG: Ints) -> int:
-    """The most that one GPU sends or receives."""
-    return max(int(send_GG.sum(axis=0).max()), int(send_GG.sum(axis=1).max()))
+def exchange_outside(near: Ints, far: Ints, gpus: int, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> Bools:
+    """Which all-to-alls `exchange_seconds` extrapolates, inside a node or between nodes; in the arguments' shape."""
+    if gpus == 1:
+        return np.zeros(np.shape(near), np.bool_)
+    near_bytes, far_bytes = _exchanged(near, far, spec, dtype)
+    found = profile.links.all_to_all.outside(near_bytes)
+    if profile.links.network is None or gpus <= profile.node_size:
+        return found
+    return found | profile.links.network.outside(far_bytes)
+
+
+def measured_ranges(gpus: int, profile: HardwareProfile, spec: ModelSpec, dtype: str) -> dict[str, str]:
+    """What of a simulation on so many GPUs is read off measured curves: experts, all_to_all, network, p2p or host, each
+    with the measured range in words."""
+    links = profile.links
+    used = {"all_to_all": links.all_to_all, **({"p2p": links.p2p} if links.p2p else {"host": links.host.link})}
+    if links.network is not None and gpus > profile.node_size:
+        used["network"] = links.network
+    curves = {"experts": expert_curve(profile.gpu, spec, dtype)}
+    of_links = {name: link.curve for name, link in used.items()} if gpus > 1 else {}
+    return {name: curve.range_text() for name, curve in {**curves, **of_links}.items() if curve is not None}
+
+
+def _exchanged(near: Ints, far: Ints, spec: ModelSpec, dtype: str) -> tuple[Ints, Ints]:
+    """The same in bytes."""
+    vector = spec.sized().d_model * DTYPE_BYTES[dtype]
+    return near * vector, far * vector

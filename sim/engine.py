@@ -20,7 +20,7 @@ import simpy
 
 from moesim.sim.contention import Wires
 from moesim.sim.copies import Copies
-from moesim.sim.cost import host_seconds
+from moesim.sim.cost import host_seconds, measured_ranges
 from moesim.sim.dispatch import Ints
 from moesim.sim.driver import Driver, Sink
 from moesim.sim.events import Book, Event, plain
@@ -74,6 +74,7 @@ def simulate(
         "profile_kind": profile.provenance.kind,
         "profile_device": profile.provenance.device,
         "decide_s": profile.decide_s.get(policy.name),
+        "measured": measured_ranges(scenario.cluster.gpus, profile, scenario.spec, dtype),
         **execution.describe(),
         **({"faults": [fault.text() for fault in faults]} if faults else {}),
         "moesim": version("moesim"),
@@ -82,7 +83,7 @@ def simulate(
     machine = Machine(scenario, policy, profile, execution, dtype, book, sink, events)
     plain_run = execution == Execution(dtype=execution.dtype) and not faults and isinstance(source, Closed)
     usable_LEG = machine.driver.residency.usable_LEG
-    fast = plain_run and sink is None and events is None and is_static(scenario, policy, profile, usable_LEG)
+    fast = plain_run and sink is None and events is None and is_static(scenario, policy, profile, dtype, usable_LEG)
     machine.log("run begins", policy=policy.name, gpus=scenario.cluster.gpus, config=config)
     for fault in faults:
         machine.env.process(machine.fault(fault))
@@ -125,6 +126,8 @@ class Machine:
         self.env = simpy.Environment()
         self.book = book
         self._events = events
+        self.curves = bool(measured_ranges(self.cluster.gpus, profile, self.spec, dtype))
+        """Whether times are read off measured curves, which do not reach everywhere."""
         self.failures = 0
         """GPUs that have failed."""
         nbytes = self.spec.expert_bytes(dtype)

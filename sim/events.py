@@ -8,7 +8,8 @@ run begins    policy, config, gpus
 step begins   step, tokens
 attention, experts, decide, communication, blocked
               step, part (micro-batch), layer, begin_s, duration_s; the first two gpu_s [G], and start_s [G] where a GPU
-              began later; experts tokens_G, and lost, rounded, host where there are such tokens
+              began later; experts tokens_G, and lost, rounded, host where there are such tokens; `outside` where a
+              measured curve was left, of transfers as well
 transfer issued, transfer begins, transfer ends, transfer free
 step ends     step
 idle          duration_s without a request
@@ -46,6 +47,7 @@ class Book:
         self.targets = targets
         self.keep_steps = keep_steps
         self._bytes = [0, 0]
+        self._outside = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -58,11 +60,13 @@ class Book:
         what = event["what"]
         if what in PHASES:
             self._phases.append(event)
+            self._outside += event.get("outside", False)
             if what == "experts":
                 self._experts(event)
         elif what == "transfer ends":
             self._bytes[0] += event["bytes"]
             self._bytes[1] += event["bytes"] if event["hidden"] else 0
+            self._outside += event.get("outside", False)
         elif what == "step begins":
             self._begin = event
         elif what == "step ends":
@@ -98,9 +102,11 @@ class Book:
                 lost_tokens=self._lost,
                 rounded_tokens=self._rounded,
                 host_tokens=self._host,
+                extrapolated=self._outside,
             )
         )
         self._bytes = [0, 0]
+        self._outside = 0
         self._clear()
 
     def add(self, step: StepRecord) -> None:

@@ -36,9 +36,14 @@ class Fault:
         return f"{self.what}:{self.where}:{how}@{self.time_s:g}"
 
     def degraded(self, links: Links) -> Links:
-        """The links with this one slower; latency stays."""
+        """The links with this one slower; latency stays, unless the link has a measured curve, which is slowed
+        whole."""
         link = getattr(links, self.where)
-        return replace(links, **{self.where: replace(link, bytes_per_s=link.bytes_per_s * self.factor)})
+        curve = getattr(link, "curve", None)
+        if curve is not None:
+            curve = replace(curve, seconds=tuple(seconds / self.factor for seconds in curve.seconds))
+        slower = replace(link, bytes_per_s=link.bytes_per_s * self.factor, curve=curve)
+        return replace(links, **{self.where: slower})
 
     def applied(self, profile: HardwareProfile, links: Links) -> HardwareProfile:
         """The profile with other links."""

@@ -16,10 +16,13 @@ import numpy as np
 from moesim.sim.cost import (
     Seconds,
     all_reduce_seconds,
-    all_to_all_seconds,
     attention_seconds,
+    busiest,
     dense_layers_before,
+    exchange_outside,
+    exchange_seconds,
     expert_seconds,
+    experts_outside,
     host_seconds,
     rank_tokens,
     shared_by,
@@ -138,38 +141,46 @@ class Lane:
         """All-to-all, experts, all-to-all; the way back is the transposed matrix, which takes as long."""
         m = self._m
         alone = m.execution.tensor_parallel == m.cluster.gpus  # every GPU holds every token
-        exchange_s = 0.0 if alone else all_to_all_seconds(send_GG, m.profile, m.spec, m.dtype)
-        yield from self._exchange(exchange_s)
+        near, far = busiest(send_GG, m.profile)
+        exchange_s = 0.0 if alone else float(exchange_seconds(near, far, m.cluster.gpus, m.profile, m.spec, m.dtype))
+        beyond = m.curves and bool(exchange_outside(near, far, m.cluster.gpus, m.profile, m.spec, m.dtype))
+        yield from self._exchange(exchange_s, beyond)
         taken_G: Any = m.copies.hbm_G if m.execution.contention != "none" else 0.0
         seconds_G = expert_seconds(tokens_EG, m.profile.gpu, m.spec, m.dtype, taken_G)
         host_s = host_seconds(host_E, m.profile, m.spec, m.dtype) if host_E.any() else 0.0
         odd: dict[str, Any] = {"lost": lost, "rounded": int(tokens_EG[self._driver.residency.rounded_LEG[layer]].sum())}
         odd["host"] = int(host_E.sum())
+        odd["outside"] = m.curves and self._experts_outside(tokens_EG)
         more = {name: count for name, count in odd.items() if count}
         yield from self._compute_phase("experts", seconds_G, host_s, tokens_G=tokens_EG.sum(axis=0), **more)
-        yield from self._exchange(exchange_s)
+        yield from self._exchange(exchange_s, beyond)
+
+    def _experts_outside(self, tokens_EG: Ints) -> bool:
+        distinct_G, tokens_G = (tokens_EG > 0).sum(axis=0), tokens_EG.sum(axis=0)
+        return bool(experts_outside(distinct_G, tokens_G, self._m.profile.gpu, self._m.spec, self._m.dtype).any())
 
     def _all_reduce(self, tokens: int, times: int) -> Steps:
         m = self._m
         seconds = all_reduce_seconds(tokens, m.execution.tensor_parallel, m.profile, m.spec, m.dtype)
         yield from self._exchange(times * seconds)
 
-    def _exchange(self, seconds: float) -> Steps:
+    def _exchange(self, seconds: float, outside: bool = False) -> Steps:
         m = self._m
         if seconds <= 0:
             return
+        more = {"outside": True} if outside else {}
         if self._compute is None:
             begin = float(self._env.now)
             yield from m.wires.exchange(seconds)
             # Where nothing slowed it down it took what it takes, without the rounding of a difference of times.
             took = float(self._env.now) - begin
-            self._passed("communication", begin, seconds if m.execution.contention == "none" else took)
+            self._passed("communication", begin, seconds if m.execution.contention == "none" else took, **more)
             return
         visit = yield from m.collectives.enter()
         begin = float(self._env.now)
         yield from m.wires.exchange(seconds)
         visit.leave()
-        self._passed("communication", begin, float(self._env.now) - begin)
+        self._passed("communication", begin, float(self._env.now) - begin, **more)
 
     def _compute_phase(self, phase: str, seconds_G: Any, host_s: float = 0.0, **detail: Any) -> Steps:
         """A phase that lasts as long as its slowest GPU (or the host, beside them); the others idle."""

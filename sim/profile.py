@@ -1,7 +1,8 @@
 """Hardware profiles: what the cost model knows of a node, read from and written to JSON.
 
 A profile says how fast, never what runs. Rates are those of the data sheet or of the measurement; each has an
-efficiency beside it (the share of it that a kernel reaches, 1 where the rate was measured). Knows nothing about models.
+efficiency beside it (the share of it that a kernel reaches, 1 where the rate was measured). Measured curves go before
+rates. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moesim.sim.curves import Bools, ExpertCurve, MessageCurve
 from moesim.traces import InputError
 
 FORMAT, VERSION = "moesim-profile", 1
@@ -74,6 +79,8 @@ class Gpu:
     matmul_efficiency: float = 1.0
     """Share of `matmul_flops_per_s` that the expert matmuls reach."""
     hbm_efficiency: float = 1.0
+    expert_curves: tuple[ExpertCurve, ...] = ()
+    """Measured expert phases, one curve for a shape and dtype; other experts are timed by the terms above."""
 
     def __post_init__(self) -> None:
         _positive(self, "memory_bytes", "hbm_bytes_per_s", "tile_rows")
@@ -84,6 +91,12 @@ class Gpu:
         for dtype, rate in self.matmul_flops_per_s.items():
             if not (_finite(rate) and rate > 0):
                 raise InputError(f"matmul_flops_per_s.{dtype} must be a positive number, got {rate!r}")
+        for i, curve in enumerate(self.expert_curves):
+            # Beyond its points a curve goes on like the roofline, which needs the rate.
+            if curve.dtype not in self.matmul_flops_per_s:
+                raise InputError(f"expert_curves[{i}].dtype {curve.dtype} is not among matmul_flops_per_s")
+            if curve.shape in [other.shape for other in self.expert_curves[:i]]:
+                raise InputError(f"expert_curves[{i}] is a second curve for one shape and dtype")
 
     def matmul_rate(self, dtype: str) -> float:
         """FLOP/s of expert matmuls in `dtype`. Raises InputError naming the dtypes that the profile has."""
@@ -112,6 +125,8 @@ class Link:
     latency_s: float
     bytes_per_s: float
     efficiency: float = 1.0
+    curve: MessageCurve | None = None
+    """Measured messages; where there is a curve, latency, rate and efficiency are not used."""
 
     def __post_init__(self) -> None:
         _not_negative(self, "latency_s")
@@ -120,7 +135,13 @@ class Link:
 
     def seconds(self, nbytes: Any) -> Any:
         """Time of one message of `nbytes` bytes (a number, or an array of them) that has the link to itself."""
+        if self.curve is not None:
+            return self.curve.seconds_at(nbytes)
         return self.latency_s + nbytes / (self.bytes_per_s * self.efficiency)
+
+    def outside(self, nbytes: ArrayLike) -> Bools:
+        """Which of these messages lie beyond the curve, in the shape of `nbytes`; none where there is no curve."""
+        return np.zeros(np.shape(nbytes), np.bool_) if self.curve is None else self.curve.outside(nbytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +153,8 @@ class HostLink:
     efficiency: float = 1.0
     shared_by: int = 1
     """How many neighbouring GPUs share one root: GPUs 0..n-1 the first, n..2n-1 the second."""
+    curve: MessageCurve | None = None
+    """As in `Link`."""
 
     def __post_init__(self) -> None:
         _not_negative(self, "latency_s")
@@ -141,7 +164,9 @@ class HostLink:
     @property
     def link(self) -> Link:
         """The same without the sharing."""
-        return Link(latency_s=self.latency_s, bytes_per_s=self.bytes_per_s, efficiency=self.efficiency)
+        return Link(
+            latency_s=self.latency_s, bytes_per_s=self.bytes_per_s, efficiency=self.efficiency, curve=self.curve
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,10 +322,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is dict and isinstance(value, dict):
         return {key: _value(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
     if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_value(str, item, where) for item in value)
-    allowed = {float: (int, float), int: (int,), str: (str,)}.get(kind, ())
+        return tuple(_value(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    allowed = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(kind, ())
     if type(value) not in allowed:
-        names = {float: "a number", int: "an integer", str: "a text"}
+        names = {float: "a number", int: "an integer", str: "a text", bool: "true or false"}
         raise InputError(f"field {where!r} must be {names.get(kind, 'a list or an object')}, got {value!r}")
     return value
 

@@ -20,6 +20,7 @@ from moesim.sim.cost import (
     exchange_seconds,
     expert_seconds_of,
     layers_seconds,
+    measured_ranges,
 )
 from moesim.sim.events import Book
 from moesim.sim.policies import Never, Policy
@@ -138,10 +139,15 @@ def _table_shape(scenario: Scenario, profile: HardwareProfile) -> tuple[int, int
     return scenario.cluster.home_slots + 1, most // profile.gpu.tile_rows + scenario.cluster.home_slots + 1
 
 
-def is_static(scenario: Scenario, policy: Policy, profile: HardwareProfile, usable_LEG: NDArray[np.bool_]) -> bool:
-    """Whether the policy never moves an expert, begins with one copy of each, and the table is of a size to keep."""
+def is_static(
+    scenario: Scenario, policy: Policy, profile: HardwareProfile, dtype: str, usable_LEG: NDArray[np.bool_]
+) -> bool:
+    """Whether the policy never moves an expert, begins with one copy of each, nothing is read off
+    a measured curve, and the table is of a size to keep."""
     rule = policy.recipe
     never = isinstance(rule.rule, Never) and policy.predictor is None and rule.miss is None
     distinct, tiles = _table_shape(scenario, profile)
+    if measured_ranges(scenario.cluster.gpus, profile, scenario.spec, dtype):
+        return False  # whoever leaves a curve must say so
     once = bool(usable_LEG.any(axis=2).all()) and np.count_nonzero(usable_LEG) == usable_LEG[..., 0].size
     return never and once and distinct * tiles <= LARGEST_TABLE

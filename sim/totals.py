@@ -99,6 +99,8 @@ class StepRecord:
     """(token, expert) pairs computed with weights that were copied in a smaller dtype: not exact."""
     host_tokens: int = 0
     """(token, expert) pairs that the host's CPU computed."""
+    extrapolated: int = 0
+    """Expert phases, all-to-alls and copies whose time lies outside what the profile's curves were measured for."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,6 +127,7 @@ class Totals:
     lost_tokens: int = 0
     rounded_tokens: int = 0
     host_tokens: int = 0
+    extrapolated: int = 0
     durations: Quantiles = field(default_factory=Quantiles)
 
     def add(self, step: StepRecord) -> None:
@@ -151,7 +154,7 @@ class Totals:
         self.balance += balance
         self.mean_load += mean_load
         self.peak_load += peak_load
-        for name in ("moved_bytes", "hidden_bytes", "lost_tokens", "rounded_tokens", "host_tokens"):
+        for name in ("moved_bytes", "hidden_bytes", "lost_tokens", "rounded_tokens", "host_tokens", "extrapolated"):
             setattr(self, name, getattr(self, name) + getattr(step, name))
 
     def idle(self, seconds: float) -> None:
@@ -202,7 +205,7 @@ class Totals:
             "moved_bytes": self.moved_bytes,
             "hidden_bytes": self.hidden_bytes,
         }
-        rare = ("lost_tokens", "rounded_tokens", "host_tokens", "idle_s")
+        rare = ("lost_tokens", "rounded_tokens", "host_tokens", "extrapolated", "idle_s")
         return {**found, **{name: getattr(self, name) for name in rare if getattr(self, name)}}
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from helpers import make_spec
-from moesim.backend.fit import Compute, fit_gpu, fit_link, relative_error
+from moesim.backend.fit import Compute, fit_gpu, fit_link, message_curve, relative_error
 from moesim.sim.cost import RankTokens, attention_seconds, expert_seconds
+from moesim.sim.curves import MessageCurve
 from moesim.sim.profile import Attention, Gpu
 from moesim.traces import Widths
 
@@ -71,3 +72,11 @@ def test_links():
     sizes = np.array([0.0, 1e3, 1e5, 1e7])
     link = fit_link(sizes, 2e-5 + sizes / 3e9)
     assert link.latency_s == pytest.approx(2e-5) and link.bytes_per_s == pytest.approx(3e9)
+    assert link.curve.nbytes == (1e3, 1e5, 1e7), "no message of no bytes"
+    assert link.seconds(sizes[1:]) == pytest.approx(2e-5 + sizes[1:] / 3e9), "as measured"
+
+
+def test_message_curves_are_sorted_and_merge_equal_sizes():
+    curve = message_curve(np.array([8.0, 2.0, 8.0, 8.0]), np.array([5.0, 1.0, 4.0, 9.0]))
+    assert curve == MessageCurve(nbytes=(2.0, 8.0), seconds=(1.0, 5.0))
+    assert message_curve(np.array([0.0, 8.0, 8.0]), np.ones(3)) is None

@@ -8,9 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from moesim.cli import main
+from moesim.sim.cost import expert_curve
 from moesim.sim.policies import POLICIES
 from moesim.sim.profile import load_profile
 from moesim.sim.results import PHASES, load_results
+from moesim.traces.store import Trace
 from moesim.traces.writer import TraceWriter
 
 BACKEND = Path(__file__).parents[1] / "backend"
@@ -135,6 +137,13 @@ def test_calibrate_writes_a_profile_that_simulate_reads(inputs, tmp_path):
     assert measured.name == "here" and measured.measured and measured.gpus == 2
     assert measured.decide_s.keys() == {name for name, parts in POLICIES.items() if not parts.simulated_only}
     assert all(seconds > 0 for seconds in measured.decide_s.values())
+    assert "measured curve of experts: 1 to " in result.stdout and "measured curve of copies: " in result.stdout
+    assert measured.links.p2p.curve and measured.links.all_to_all.curve
+    spec = Trace.open(trace).spec
+    curve = expert_curve(measured.gpu, spec, "float32")
+    assert curve.rows == (1, 4, 16, 64, 256, 1024) and curve.distinct[-1] == spec.num_experts // 2 + 1, (
+        "replica slots, too"
+    )
     options = ["--policy", "eplb", "--profile", str(profile), "--gpus", "2", "--batch-tokens", "14", "--json"]
     simulated = CliRunner().invoke(main, ["simulate", str(trace), *options])
     assert simulated.exit_code == 0, simulated.output

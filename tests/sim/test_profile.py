@@ -169,7 +169,7 @@ def edit(path, **changes):
         ({"decide_s.eplb": -1.0}, "decide_s.eplb must be a number of seconds"),
         ({"decide_s.eplb": "slow"}, "field 'decide_s.eplb' must be a number, got 'slow'"),
         ({"provenance.kind": "guess"}, "provenance.kind must be one of spec-sheet, measured, got 'guess'"),
-        ({"provenance.sources": [3]}, "field 'provenance.sources' must be a text"),
+        ({"provenance.sources": [3]}, r"field 'provenance.sources\[0\]' must be a text"),
     ],
 )
 def test_a_malformed_profile_is_one_line_with_file_and_field(tmp_path, change, message):

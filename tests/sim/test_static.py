@@ -58,6 +58,6 @@ def test_both_ways_agree_to_the_bit(gpus, node_size, experts, top_k, phase, batc
 def test_only_policies_that_move_nothing_take_it(name):
     scene = scenario(2, 8, 1, Phase.ENCODER, 32, 0)
     policy = make_policy(name, scene.cluster, scene.fit)
-    assert is_static(scene, policy, node(), policy.start().usable_LEG) == (name in STATIC)
+    assert is_static(scene, policy, node(), "float32", policy.start().usable_LEG) == (name in STATIC)
     twice = np.ones_like(policy.start().usable_LEG)
-    assert not is_static(scene, policy, node(), twice)
+    assert not is_static(scene, policy, node(), "float32", twice)
