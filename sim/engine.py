@@ -138,6 +138,7 @@ class Machine:
         self.fabric = Fabric(self.env, profile)
         self.wires = Wires(self.env, execution.contention)
         self.collectives = Station(self.env, "collectives")
+        self.turns = [Station(self.env, f"experts of layer {layer}") for layer in range(self.cluster.layers)]
         rounded = execution.copy_dtype is not None
         self.copies = Copies(self.env, self.driver, self.fabric, self.wires, nbytes, rounded, self.log)
         self.copies.on_disk_LE = on_disk(scenario, profile, dtype)

@@ -113,6 +113,19 @@ class Lane:
             self._passed("blocked", begin, float(self._env.now) - begin)
 
     def _experts(self, layer: int, step: StepInput, rank_T: Ints) -> Steps:
+        """All tokens of a layer. Where experts come and go, one micro-batch at a time: two that displaced each other's
+        experts would never end."""
+        if self._driver.cache is None or self._compute is None:
+            yield from self._waves(layer, step, rank_T)
+            return
+        begin = float(self._env.now)
+        visit = yield from self._m.turns[layer].enter()
+        if self._env.now > begin:
+            self._passed("blocked", begin, float(self._env.now) - begin)
+        yield from self._waves(layer, step, rank_T)
+        visit.leave()
+
+    def _waves(self, layer: int, step: StepInput, rank_T: Ints) -> Steps:
         """All tokens of a layer, in waves where not all experts find a slot at once."""
         m = self._m
         ids_TK, dropped_T = step.ids[:, layer], step.dropped[:, layer]
@@ -125,6 +138,8 @@ class Lane:
                 left_GE = np.where(fetch.host_E, 0, left_GE)
                 started = m.copies.start(fetch.moves)
                 yield from self._blocked([*m.copies.awaited(layer, fetch.awaited), *started])
+            elif self._compute is not None:
+                yield from self._arrivals(layer, left_GE)
             send_GEG = self._driver.dispatch(left_GE, self._number)
             left_GE = left_GE - send_GEG.sum(axis=2)
             again = self._driver.cache is not None and bool(left_GE.any())
@@ -136,6 +151,17 @@ class Lane:
             yield from self._wave(layer, send_GEG.sum(axis=0), send_GG, host_E, lost)
             if not again:
                 return
+
+    def _arrivals(self, layer: int, load_GE: Ints) -> Steps:
+        """Wait for experts that another micro-batch's plan is moving: their only copies are under way."""
+        residency = self._driver.residency
+        while True:
+            missing_E = load_GE.any(axis=0) & ~residency.usable_LEG[layer].any(axis=1)
+            pairs = np.argwhere(missing_E[:, None] & residency.coming_LEG[layer]).tolist()
+            copies = self._m.copies.awaited(layer, [(expert, gpu) for expert, gpu in pairs])
+            if not copies:
+                return
+            yield from self._blocked(copies)
 
     def _wave(self, layer: int, tokens_EG: Ints, send_GG: Ints, host_E: Ints, lost: int) -> Steps:
         """All-to-all, experts, all-to-all; the way back is the transposed matrix, which takes as long."""

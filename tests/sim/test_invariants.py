@@ -57,13 +57,18 @@ def runs(draw):
 def executed(case, **options):
     scene, name, profile, execution = case
     happened = []
+
+    def take(event):
+        happened.append(("event", event))
+        assert len(happened) < 50_000, "the run does not end"
+
     policy = make_policy(name, scene.cluster, scene.fit)
     result = simulate(
         scene,
         policy,
         profile,
         execution=execution,
-        events=lambda e: happened.append(("event", e)),
+        events=take,
         sink=lambda d: happened.append(("decision", d)),
         **options,
     )
