@@ -82,8 +82,12 @@ def demo(
 
 
 def ranking(results: list[Result]) -> list[str]:
-    """The policies that do not know the future, the fastest first; the baseline is not a candidate."""
-    fair = [r for r in results if r.policy != BASELINE and POLICIES[r.policy].predictor != "oracle"]
+    """The policies that can be run and do not know the future, the fastest first; the baseline is not a candidate."""
+    fair = [
+        r
+        for r in results
+        if r.policy != BASELINE and POLICIES[r.policy].predictor != "oracle" and not POLICIES[r.policy].simulated_only
+    ]
     return [result.policy for result in sorted(fair, key=lambda result: result.total_s)]
 
 

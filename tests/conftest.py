@@ -8,6 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The same examples on every run; `make fuzz` looks for new ones.
+settings.register_profile("moesim", derandomize="MOESIM_FUZZ_EXAMPLES" not in os.environ)
+settings.load_profile("moesim")
