@@ -66,6 +66,33 @@ def test_misses_equal_those_of_an_independent_lru_cache(resident, seed):
     assert sum(event["what"] == "transfer ends" for event in events) == misses
 
 
+def belady_misses(wanted, held):
+    """Misses of one cache that knows the future: what is used last, or never again, goes."""
+    held, misses = set(held), 0
+    for i, expert in enumerate(wanted):
+        if expert in held:
+            continue
+        misses += 1
+        following = {e: next((j for j in range(i + 1, len(wanted)) if wanted[j] == e), len(wanted)) for e in held}
+        held.discard(max(following, key=following.get))
+        held.add(expert)
+    return misses
+
+
+@pytest.mark.parametrize("policy", ["on-demand", "prefetch-layer"])
+@given(resident=st.integers(1, 7), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_belady_bounds_every_cache(policy, resident, seed):
+    scene = decode(resident, seed=seed)
+    _, events = run(scene, policy)
+    placed = make_policy(policy, scene.cluster, scene.fit).placed_LGS[:, 0]
+    best = 0
+    for layer in range(3):
+        kept = [step for step in scene.steps() if not step.dropped[0, layer]]
+        best += belady_misses([int(step.ids[0, layer, 0]) for step in kept], [int(e) for e in placed[layer]])
+    assert sum(event["what"] == "transfer issued" for event in events) >= best
+
+
 def test_hits_grow_with_the_slots_and_all_resident_misses_nothing():
     moved = [run(decode(slots, requests=24), "on-demand")[0].totals.moved_bytes for slots in range(1, 9)]
     assert moved == sorted(moved, reverse=True) and moved[-1] == 0
