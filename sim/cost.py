@@ -28,7 +28,7 @@ def expert_seconds(tokens_EG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str, taken
 
     Every expert's tokens are rounded up to whole tiles. At few tokens the weights dominate and a replica costs another
     read of them; at many the FLOPs do and a replica pays. With a measured curve: see `expert_seconds_of`. `taken_G`:
-    bytes/s of HBM that copies use meanwhile.
+    bytes/s of HBM that copies use meanwhile; they leave the experts half of it at least.
     """
     distinct_G = (tokens_EG > 0).sum(axis=0)
     rows_G = (-(-tokens_EG // gpu.tile_rows)).sum(axis=0) * gpu.tile_rows
@@ -90,7 +90,7 @@ def _expert_roofline(
     distinct: Any, rows: Any, gpu: Gpu, spec: ModelSpec, dtype: str, taken: float | Seconds = 0.0
 ) -> Seconds:
     """The formula of `expert_seconds` for arrays of any one shape."""
-    read = distinct * spec.expert_bytes(dtype) / (gpu.hbm_rate - taken)
+    read = distinct * spec.expert_bytes(dtype) / (gpu.hbm_rate - np.minimum(taken, gpu.hbm_rate / 2))
     compute = rows * (2 * spec.expert_params()) / gpu.matmul_rate(dtype)
     total = gpu.launch_s + gpu.expert_s * distinct + np.maximum(read, compute)
     return np.where(distinct > 0, total, 0.0)

@@ -28,7 +28,6 @@ from moesim.sim.results import Result
 from moesim.sim.scenario import Scenario
 from moesim.sim.serving import Server, Serving, kv_tokens
 
-LOGS = ("events", "decisions")
 Progress = Callable[[str, int], None]
 """Is told the policy and the steps that it has done."""
 
@@ -131,6 +130,7 @@ def run_policy(name: str, inputs: Inputs, files: dict[str, Path], progress: Prog
 
 
 def _line_writer(write: Callable[[str], Any], policy: str) -> Sink:
-    return lambda record: (
-        write(json.dumps({"policy": policy, **record}, sort_keys=True, separators=(",", ":")) + "\n") and None
-    )
+    def line(record: dict[str, Any]) -> None:
+        write(json.dumps({"policy": policy, **record}, sort_keys=True, separators=(",", ":")) + "\n")
+
+    return line

@@ -135,12 +135,10 @@ def check_slots(scene, policy, happened):
 
 
 def check_queues(events):
-    """A queue of a link carries one copy at a time; waiting copies are carried in order of priority and arrival."""
-    begun, spans, blocking = {}, {}, {}
+    """A queue of a link carries one copy at a time."""
+    begun, spans = {}, {}
     for event in events:
-        if event["what"] == "transfer issued":
-            blocking[event["number"]] = event["blocking"]
-        elif event["what"] == "transfer begins":
+        if event["what"] == "transfer begins":
             for queue in begun.pop(event["number"], []):
                 spans[queue][-1][1] = event["time_s"]
             begun[event["number"]] = event["queues"]

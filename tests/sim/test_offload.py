@@ -242,3 +242,28 @@ def test_policies_that_need_every_expert_say_what_to_use_instead(name):
     scene = decode(2)
     with pytest.raises(InputError, match="with fewer resident slots use: on-demand, on-demand-cpu, prefetch-layer"):
         make_policy(name, scene.cluster, scene.fit)
+
+
+def test_two_micro_batches_do_not_displace_each_other_s_experts_for_ever():
+    """One slot a GPU and layer, and each part of a step wants another expert: they take turns at the layer."""
+    scene = decode(1, gpus=2, batch=4, requests=40, noise=0.4)
+    events = []
+
+    def take(event):
+        events.append(event)
+        assert len(events) < 20_000, "the run does not end"
+
+    policy = make_policy("on-demand", scene.cluster, scene.fit)
+    result = simulate(scene, policy, node(), execution=Execution(micro_batches=2), events=take)
+    assert sum(np.sum(step.load_LG) for step in result.steps) == sum(int((~s.dropped).sum()) for s in scene.steps())
+
+
+def test_an_expert_whose_only_copy_another_micro_batch_is_moving_is_waited_for():
+    """EPLB's new layout overwrites slots that the other part would still have computed with."""
+    made = make_table(requests=160, length=6, noise=0.4, top_k=2)
+    scene = make_scenario(make_spec(top_k=2), made, phase=Phase.ENCODER, gpus=2, workload=Workload(batch=24))
+    slow = node(p2p=Link(latency_s=0.1 * MS, bytes_per_s=1e5))
+    result, _ = run(scene, "eplb", slow, execution=Execution(micro_batches=2))
+    kept = sum(2 * int((~step.dropped).sum()) for step in scene.steps())
+    assert sum(np.sum(step.load_LG) for step in result.steps) == kept
+    assert result.phase_s()["blocked"] > 0
