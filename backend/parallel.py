@@ -24,6 +24,7 @@ from moesim.backend.measure import Timeline
 from moesim.backend.ranks import Ranks
 from moesim.backend.shares import Encoder, Share, forward, shares
 from moesim.backend.switch import Routed, SwitchStack, check_trace, patch
+from moesim.predictors import RoutedLayer
 from moesim.sim.dispatch import Ints
 from moesim.sim.driver import Driver, Sink
 from moesim.sim.policies import Policy
@@ -172,7 +173,7 @@ class Executor:
         clock.mark()
         ids_T, dropped_T = self._agree(routed)
         clock.mark()
-        self._copies.start(driver.routed(ids_T[:, None]))
+        self._copies.start(driver.routed(RoutedLayer(ids=ids_T[:, None])))
         clock.mark()
         self._arrive(self._copies.wait_blocking(driver.residency))
         clock.mark()

@@ -2,7 +2,23 @@
 
 from collections.abc import Callable
 
-from moesim.predictors.base import Forecast, Ids, PastStep, Predictor, Seen, from_probabilities, tokens_of
+from moesim.predictors.base import (
+    Adapting,
+    Cost,
+    Forecast,
+    Ids,
+    Need,
+    PastStep,
+    Predictor,
+    RoutedLayer,
+    RouterSpec,
+    Seen,
+    from_inclusion,
+    from_probabilities,
+    missing,
+    routed_layer,
+    tokens_of,
+)
 from moesim.predictors.counting import Frequency, Markov, TokenTableLookup, Window
 from moesim.predictors.oracle import Oracle
 
@@ -17,16 +33,24 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
 
 __all__ = [
     "PREDICTORS",
+    "Adapting",
+    "Cost",
     "Forecast",
     "Frequency",
     "Ids",
     "Markov",
+    "Need",
     "Oracle",
     "PastStep",
     "Predictor",
+    "RoutedLayer",
+    "RouterSpec",
     "Seen",
     "TokenTableLookup",
     "Window",
+    "from_inclusion",
     "from_probabilities",
+    "missing",
+    "routed_layer",
     "tokens_of",
 ]

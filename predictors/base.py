@@ -1,22 +1,37 @@
 """What a predictor may see, and what it says.
 
 `Seen` holds copies of what has happened and nothing else: it cannot reach the future, because whoever runs the step
-adds each layer's routing to it only after that layer has routed. Knows nothing about GPUs or policies.
+adds each layer's routing to it only after that layer has routed. Knows nothing about GPUs or policies. Shape letters: T
+tokens, L layers, E experts, K experts per token, D lookahead distances, M lookahead width.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.traces import InputError, LoadTable, StepTokens, TokenTable
+from moesim.traces import Gates, InputError, LoadTable, StepTokens, TokenTable
 
 Ids = NDArray[np.integer]
 """Expert ids, [T, K] for one layer."""
+Floats = NDArray[np.float64]
+
+Need = Literal["tokens", "vocabulary", "weights", "lookahead", "router_input", "gates"]
+"""What a recording must hold for a predictor to learn from it; the names of the trace's columns, more or less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """What is known of the routers before anything is routed."""
+
+    num_experts: int
+    top_k: int
+    gates: Gates | None = None
+    """The frozen gates of the model, where the recording holds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +42,30 @@ class PastStep:
     topk_ids: Ids
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedLayer:
+    """What the router of one layer has done with the T tokens of a step."""
+
+    ids: Ids
+    """[T, K]."""
+    weights: NDArray[np.float16] | None = None
+    """[T, K] gate weights."""
+    lookahead: Ids | None = None
+    """[T, D, M] what the gates of the next D layers say of this layer's router input."""
+    router_input: NDArray[np.float16] | None = None
+    """[T, d_model]."""
+
+
+def routed_layer(table: TokenTable, layer: int, rows: NDArray[np.intp] | slice = slice(None)) -> RoutedLayer:
+    """One layer of recorded routing, as a step sees it once the layer has routed."""
+    return RoutedLayer(
+        ids=table.topk_ids[rows, layer],
+        weights=None if table.topk_weights is None else table.topk_weights[rows, layer],
+        lookahead=None if table.lookahead_ids is None else table.lookahead_ids[rows, layer],
+        router_input=None if table.router_input is None else table.router_input[rows, layer],
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Seen:
     """Everything that is known at a decision point of a running step."""
@@ -35,41 +74,102 @@ class Seen:
     tokens: StepTokens
     queued: StepTokens | None = None
     """Tokens of the next step where they are already waiting (encoder, prefill); never known in decode."""
-    routed: list[Ids] = field(default_factory=list)
-    """Routing [T, K] of the layers of this step that have routed, in layer order."""
+    routed: list[RoutedLayer] = field(default_factory=list)
+    """The layers of this step that have routed, in layer order."""
     past: deque[PastStep] = field(default_factory=deque)
     """Earlier steps, the latest last; how many are kept is up to the driver."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """For predictors: what they have worked out of this step, so that the next layer does not start again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """The load expected for one layer, [E] (float, sums to tokens x K), and where it is known per token, ids [T, K]."""
+    """What is expected of one layer."""
 
-    load: NDArray[np.float64]
+    load: Floats
+    """[E] expected tokens of each expert; sums to tokens x K."""
     topk: Ids | None = None
+    """[T, >= K] experts of each token, the likeliest first; None where nothing is said of single tokens."""
+    inclusion: NDArray[np.floating] | None = None
+    """[T, E] probability that the expert is among the token's K; rows sum to K."""
+
+    @property
+    def load_sd(self) -> Floats | None:
+        """[E] standard deviation of the loads, tokens taken as independent given the forecast; None without
+        `inclusion`."""
+        if self.inclusion is None:
+            return None
+        variance_E = (self.inclusion * (1 - self.inclusion)).sum(axis=0, dtype=np.float64)
+        return np.asarray(np.sqrt(variance_E))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a forecast for one layer takes."""
+
+    flops: float = 0.0
+    """Arithmetic of one token."""
+    parameters: int = 0
+    """Numbers that were learned, tables included."""
 
 
 class Predictor(Protocol):
     """Fitted once on recorded requests, then asked before a layer has routed."""
 
     name: str
-    needs_tokens: bool
-    """True where loads alone teach it nothing: it must be told what every token chose."""
+    needs: tuple[Need, ...]
+    """What it learns from; () where loads alone are enough."""
 
-    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
-        """Learn from `table`; its requests must not be the ones that are scored. Raises InputError where it holds loads
-        and the predictor needs tokens."""
+    def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
+        """Learn from `table`; its requests must not be the ones that are scored. Raises InputError where the recording
+        lacks something that the predictor `needs`."""
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
-        """Expected load of `layer` in this step or, with `queued`, in the next step, whose tokens are `seen.queued`."""
+        """What is expected of `layer` in this step or, with `queued`, in the next step, whose tokens are
+        `seen.queued`."""
+
+    def cost(self) -> Cost:
+        """What one forecast takes, once fitted."""
 
 
-def token_table(table: TokenTable | LoadTable, predictor: str) -> TokenTable:
-    """`table`, for predictors that need tokens. Raises InputError where it holds loads."""
+@runtime_checkable
+class Adapting(Protocol):
+    """A predictor that goes on learning while it is used."""
+
+    def observe(self, seen: Seen) -> None:
+        """A step has ended: `seen` holds the routing of all its layers."""
+
+
+def missing(predictor: Predictor, table: TokenTable | LoadTable, router: RouterSpec) -> Need | None:
+    """The first thing that the predictor needs and the recording lacks; None where it has all."""
     if isinstance(table, LoadTable):
-        raise InputError(
-            f"predictor {predictor!r} learns from what every token chose, and this recording has loads only"
-        )
+        return next(iter(predictor.needs), None)
+    there: dict[Need, bool] = {
+        "tokens": True,
+        "vocabulary": table.token_id is not None,
+        "weights": table.topk_weights is not None,
+        "lookahead": table.lookahead_ids is not None,
+        "router_input": table.router_input is not None,
+        "gates": router.gates is not None,
+    }
+    return next((need for need in predictor.needs if not there[need]), None)
+
+
+WITHOUT: dict[Need, str] = {
+    "tokens": "learns from what every token chose, and this recording has loads only",
+    "vocabulary": "learns from vocabulary ids, and this recording does not say which tokens were routed",
+    "weights": "reads gate weights, and this recording has ids only",
+    "lookahead": "asks the gates of later layers: record with --lookahead 1 or more",
+    "router_input": "reads what the routers were given: record with --router-input",
+    "gates": "reads the routers' own weights: record with --router-input",
+}
+
+
+def learnable(table: TokenTable | LoadTable, router: RouterSpec, predictor: Predictor) -> TokenTable:
+    """`table`, which holds all that the predictor needs. Raises InputError where it does not."""
+    lacks = missing(predictor, table, router)
+    if lacks is not None or isinstance(table, LoadTable):
+        raise InputError(f"predictor {predictor.name!r} {WITHOUT[lacks or 'tokens']}")
     return table
 
 
@@ -82,9 +182,35 @@ def tokens_of(seen: Seen, queued: bool) -> StepTokens:
     return seen.queued
 
 
-def from_probabilities(p_TE: NDArray[np.float64], top_k: int) -> Forecast:
-    """Forecast from each token's expert probabilities (rows sum to 1): loads add up, ids are the K most probable."""
-    return Forecast(load=p_TE.sum(axis=0) * top_k, topk=most_probable(p_TE, top_k))
+def from_probabilities(p_TE: NDArray[np.floating], top_k: int) -> Forecast:
+    """Forecast from each token's distribution over experts (rows sum to 1): inclusion probabilities are K times it, at
+    most 1, what is over going to the others."""
+    return from_inclusion(inclusion_of(p_TE, top_k), top_k)
+
+
+def from_inclusion(inclusion_TE: NDArray[np.floating], top_k: int) -> Forecast:
+    """Forecast from inclusion probabilities (rows sum to K): loads add up, ids are the K most probable."""
+    return Forecast(
+        load=inclusion_TE.sum(axis=0, dtype=np.float64),
+        topk=most_probable(inclusion_TE, top_k),
+        inclusion=inclusion_TE,
+    )
+
+
+def inclusion_of(p_TE: NDArray[np.floating], top_k: int) -> NDArray[np.floating]:
+    """[T, E] inclusion probabilities, rows summing to K, in proportion to `p_TE` as far as none exceeds 1."""
+    if top_k == 1:
+        return p_TE
+    wanted_TE = p_TE * (top_k / p_TE.sum(axis=1, keepdims=True))
+    for _ in range(top_k):  # each turn fills at least one more expert of every row that is still over
+        over_TE = wanted_TE >= 1
+        if not (wanted_TE > 1).any():
+            break
+        rest_T1 = top_k - over_TE.sum(axis=1, keepdims=True)
+        free_TE = np.where(over_TE, 0, wanted_TE)
+        scale_T1 = rest_T1 / np.maximum(free_TE.sum(axis=1, keepdims=True), 1e-30)
+        wanted_TE = np.where(over_TE, 1, free_TE * scale_T1)
+    return np.asarray(np.minimum(wanted_TE, 1))
 
 
 def most_probable(p_TE: NDArray[np.floating], count: int) -> NDArray[np.intp]:

@@ -6,12 +6,20 @@ Shape letters: T tokens, L layers, E experts, K experts per token, V vocabulary 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moesim.predictors.base import Forecast, Seen, from_probabilities, token_table, tokens_of
+from moesim.predictors.base import (
+    Cost,
+    Floats,
+    Forecast,
+    Need,
+    RouterSpec,
+    Seen,
+    from_probabilities,
+    inclusion_of,
+    learnable,
+    tokens_of,
+)
 from moesim.traces import LoadTable, TokenTable, load_LE, vocabulary_ids
-
-Floats = NDArray[np.float64]
 
 
 class Frequency:
@@ -21,23 +29,29 @@ class Frequency:
     """
 
     name = "frequency"
-    needs_tokens = False
+    needs: tuple[Need, ...] = ()
 
-    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
         """Count the tokens of every expert, dropped ones too: share_LE sums to 1 in each layer."""
-        counted = table.load.sum(axis=0) if isinstance(table, LoadTable) else load_LE(table.topk_ids, num_experts)
+        E, self.top_k = router.num_experts, router.top_k
+        counted = table.load.sum(axis=0) if isinstance(table, LoadTable) else load_LE(table.topk_ids, E)
         load = counted + 1e-9
         self.share_LE: Floats = load / load.sum(axis=1, keepdims=True)
-        self.top_k = top_k
+        self._inclusion_LE = inclusion_of(self.share_LE, self.top_k)
+        self._order_LE = np.argsort(-self.share_LE, axis=1, kind="stable")
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Tokens x K split by the fitted shares; the most frequent experts stand for every token's choice."""
-        tokens = len(tokens_of(seen, queued))
-        favourites = np.argsort(-self.share_LE[layer], kind="stable")[: self.top_k]
+        tokens, E = len(tokens_of(seen, queued)), self.share_LE.shape[1]
         return Forecast(
             load=self.share_LE[layer] * tokens * self.top_k,
-            topk=np.broadcast_to(favourites, (tokens, self.top_k)),
+            topk=np.broadcast_to(self._order_LE[layer, : self.top_k], (tokens, self.top_k)),
+            inclusion=np.broadcast_to(self._inclusion_LE[layer], (tokens, E)),
         )
+
+    def cost(self) -> Cost:
+        """A row of shares."""
+        return Cost(parameters=self.share_LE.size)
 
 
 class Window:
@@ -46,17 +60,17 @@ class Window:
     Source: the load history that EPLB (DeepSeek) balances on. steps=1 is the "previous batch".
     """
 
-    needs_tokens = False
+    needs: tuple[Need, ...] = ()
 
     def __init__(self, steps: int = 16, name: str = "window") -> None:
         self.steps = steps
         self.name = name
         self._prior = Frequency()
 
-    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
         """Fit the frequency that stands in while there is no history."""
-        self.num_experts = num_experts
-        self._prior.fit(table, num_experts, top_k)
+        self.num_experts = router.num_experts
+        self._prior.fit(table, router)
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Loads only: history says nothing of single tokens."""
@@ -67,6 +81,10 @@ class Window:
         share = np.sum(counted, axis=0) / sum(step.topk_ids[:, layer].size for step in recent)
         return Forecast(load=share * len(tokens_of(seen, queued)) * self._prior.top_k)
 
+    def cost(self) -> Cost:
+        """Counts are kept anyway."""
+        return self._prior.cost()
+
 
 class Markov:
     """P(expert of layer l | experts of the last layer that has routed), by counting; chained over the layers between.
@@ -76,21 +94,22 @@ class Markov:
     """
 
     name = "markov"
-    needs_tokens = True
+    needs: tuple[Need, ...] = ("tokens",)
 
     def __init__(self, smoothing: float = 0.5) -> None:
         self.smoothing = smoothing
         self._prior = Frequency()
 
-    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
         """Count pairs of experts in adjacent layers: step_LEE[l][i, j] = P(j in layer l+1 | i in layer l)."""
-        self._prior.fit(table, num_experts, top_k)
-        ids = token_table(table, self.name).topk_ids.astype(np.int64)
+        self._prior.fit(table, router)
+        E = router.num_experts
+        ids = learnable(table, router, self).topk_ids.astype(np.int64)
         steps = []
         for layer in range(ids.shape[1] - 1):
-            pair = ids[:, layer, :, None] * num_experts + ids[:, layer + 1, None, :]
-            count = np.bincount(pair.ravel(), minlength=num_experts**2).reshape(num_experts, num_experts)
-            smooth = count + self.smoothing * num_experts * self._prior.share_LE[layer + 1]
+            pair = ids[:, layer, :, None] * E + ids[:, layer + 1, None, :]
+            count = np.bincount(pair.ravel(), minlength=E**2).reshape(E, E)
+            smooth = count + self.smoothing * E * self._prior.share_LE[layer + 1]
             steps.append(smooth / smooth.sum(axis=1, keepdims=True))
         self.step_LEE = steps
 
@@ -102,8 +121,14 @@ class Markov:
         chain = self.step_LEE[routed - 1]
         for between in range(routed, layer):
             chain = chain @ self.step_LEE[between]
-        p_TE = chain[seen.routed[-1].astype(np.int64)].mean(axis=1)
+        p_TE = chain[seen.routed[-1].ids.astype(np.int64)].mean(axis=1)
         return from_probabilities(p_TE, self._prior.top_k)
+
+    def cost(self) -> Cost:
+        """K rows of E are added."""
+        return Cost(
+            flops=self._prior.top_k * self._prior.share_LE.shape[1], parameters=sum(m.size for m in self.step_LEE)
+        )
 
 
 class TokenTableLookup:
@@ -114,18 +139,18 @@ class TokenTableLookup:
     """
 
     name = "token-table"
-    needs_tokens = True
+    needs: tuple[Need, ...] = ("tokens", "vocabulary")
 
     def __init__(self, smoothing: float = 1.0) -> None:
         self.smoothing = smoothing
         self._prior = Frequency()
 
-    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
         """Count experts per vocabulary id; the last row of p_LVE is the frequency, for unseen ids."""
-        self._prior.fit(table, num_experts, top_k)
-        table = token_table(table, self.name)
+        self._prior.fit(table, router)
+        table = learnable(table, router, self)
         self.ids_V, row_T = np.unique(vocabulary_ids(table), return_inverse=True)
-        V, E = len(self.ids_V), num_experts
+        V, E = len(self.ids_V), router.num_experts
         p_LVE = []
         for layer in range(table.num_layers):
             key = row_T[:, None] * E + table.topk_ids[:, layer].astype(np.int64)
@@ -140,3 +165,7 @@ class TokenTableLookup:
         row = np.minimum(np.searchsorted(self.ids_V, wanted), len(self.ids_V) - 1)
         row = np.where(self.ids_V[row] == wanted, row, len(self.ids_V))
         return from_probabilities(self.p_LVE[layer][row].astype(np.float64), self._prior.top_k)
+
+    def cost(self) -> Cost:
+        """A row is looked up."""
+        return Cost(parameters=sum(p.size for p in self.p_LVE))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.predictors.base import Forecast, Ids, Seen
+from moesim.predictors.base import Cost, Forecast, Ids, Need, RouterSpec, Seen
 from moesim.traces import LoadTable, TokenTable
 
 
@@ -12,11 +12,11 @@ class Oracle:
     """Repeats the truth that the driver revealed. The only predictor that knows the future; its name says so."""
 
     name = "oracle"
-    needs_tokens = False
+    needs: tuple[Need, ...] = ()
 
-    def fit(self, table: TokenTable | LoadTable, num_experts: int, top_k: int) -> None:
+    def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
         """Learns nothing; remembers E."""
-        self.num_experts = num_experts
+        self.num_experts = router.num_experts
 
     def reveal(self, current_TLK: Ids, queued_TLK: Ids | None) -> None:
         """Take the true routing of this step and of the next one, [T, L, K]."""
@@ -29,3 +29,7 @@ class Oracle:
             raise ValueError("the next step was not revealed to the oracle")
         ids = truth[:, layer]
         return Forecast(load=np.bincount(ids.ravel(), minlength=self.num_experts).astype(np.float64), topk=ids)
+
+    def cost(self) -> Cost:
+        """Nothing: no machine can have it."""
+        return Cost()

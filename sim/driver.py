@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.predictors import Forecast, Ids, Oracle, PastStep, Seen
+from moesim.predictors import Adapting, Forecast, Ids, Oracle, PastStep, RoutedLayer, Seen
 from moesim.sim.dispatch import Ints, send_matrix
 from moesim.sim.offload import Cache, Cheaper, Fetch
 from moesim.sim.policies import Policy
@@ -103,11 +103,11 @@ class Driver:
             self._truth[lane] = truth
         return self._decide(0, lane)
 
-    def routed(self, ids_TK: Ids, lane: int = 0) -> list[Transfer]:
+    def routed(self, routed: RoutedLayer, lane: int = 0) -> list[Transfer]:
         """Take the true routing of the next layer, dropped tokens included; decision point layer + 1."""
         layer = len(self._seen[lane].routed)
-        self._score(lane, layer, ids_TK)
-        self._seen[lane].routed.append(ids_TK)
+        self._score(lane, layer, routed.ids)
+        self._seen[lane].routed.append(routed)
         return self._decide(layer + 1, lane)
 
     def fetch(self, counts_GE: Ints, lane: int = 0) -> Fetch:
@@ -138,9 +138,12 @@ class Driver:
         return send_matrix(counts_GE, tokens_EG)
 
     def end_step(self, lane: int = 0) -> None:
-        """All layers have run: the step becomes history."""
+        """All layers have run: the step becomes history, and what adapts learns from it."""
         seen = self._seen[lane]
-        self._past.append(PastStep(tokens=seen.tokens, topk_ids=np.stack(seen.routed, axis=1)))
+        if isinstance(self.policy.predictor, Adapting):
+            self.policy.predictor.observe(seen)
+        seen.memo.clear()
+        self._past.append(PastStep(tokens=seen.tokens, topk_ids=np.stack([r.ids for r in seen.routed], axis=1)))
         # A forecast for a queued step that never came, say the last part of a shorter step, is not kept.
         self._forecasts = {key: f for key, f in self._forecasts.items() if key[0] != lane or key[1] > seen.step}
 
@@ -203,7 +206,8 @@ class Driver:
         s.overloaded_found += int((hot_E & (forecast.load > 2 * forecast.load.mean())).sum())
         if forecast.topk is not None:
             s.guessed += ids_TK.size
-            s.hits += int((ids_TK[:, :, None] == forecast.topk[:, None, :]).any(axis=2).sum())
+            guess_TK = forecast.topk[:, : ids_TK.shape[1]]
+            s.hits += int((ids_TK[:, :, None] == guess_TK[:, None, :]).any(axis=2).sum())
 
 
 class DecisionLog:

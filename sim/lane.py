@@ -82,7 +82,7 @@ class Lane:
                 attention_LG, most = self._attention(step, rank_T)
             yield from self._compute_phase("attention", attention_LG[layer])
             yield from self._all_reduce(most, 1 + 2 * dense_L[layer])
-            yield from self._decided(partial(self._driver.routed, step.ids[:, layer], self._number))
+            yield from self._decided(partial(self._driver.routed, step.layer(layer), self._number))
             m.copies.needed(layer)
             yield from self._experts(layer, step, m.ranks(step.rank) if seen != m.failures else rank_T)
             yield from self._all_reduce(most, 1)

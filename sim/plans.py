@@ -90,7 +90,7 @@ def _resident_after(policy: str, scenario: Scenario) -> Residency:
         for layer in range(scenario.cluster.layers):
             for transfer in moves:
                 driver.arrived(transfer)
-            moves = driver.routed(step.ids[:, layer])
+            moves = driver.routed(step.layer(layer))
         for transfer in moves:
             driver.arrived(transfer)
         driver.end_step()

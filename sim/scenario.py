@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.predictors import RoutedLayer, routed_layer
 from moesim.sim.dispatch import Ints
 from moesim.sim.residency import Cluster
 from moesim.traces import (
@@ -41,14 +42,26 @@ class StepInput:
     """The next step's tokens, where a server would know them (not in decode, not at the end)."""
     rank: NDArray[np.int64]
     """[T] the GPU, or the group of GPUs with tensor-parallel attention, that holds each token."""
-    ids: NDArray[np.integer]
-    """[T, L, K] recorded routing."""
-    dropped: NDArray[np.bool_]
-    """[T, L] tokens over capacity."""
+    routing: TokenTable
+    """What was recorded of the T tokens; whoever runs the step shows it layer by layer."""
     decode: NDArray[np.bool_]
     """[T] tokens that continue a request: they read its KV cache."""
     queued_ids: NDArray[np.integer] | None
     """[T', L, K] recorded routing of the queued step, for oracles."""
+
+    @property
+    def ids(self) -> NDArray[np.integer]:
+        """[T, L, K] recorded routing."""
+        return self.routing.topk_ids
+
+    @property
+    def dropped(self) -> NDArray[np.bool_]:
+        """[T, L] tokens over capacity."""
+        return self.routing.dropped
+
+    def layer(self, layer: int) -> RoutedLayer:
+        """What the router of `layer` did, as a predictor may see it from then on."""
+        return routed_layer(self.routing, layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +112,7 @@ class Scenario:
                 tokens=batch.tokens,
                 queued=known.tokens if known else None,
                 rank=assign_ranks(batch.tokens.request, groups or self.cluster.gpus),
-                ids=self.run.topk_ids[batch.rows],
-                dropped=self.run.dropped[batch.rows],
+                routing=self.run.take(batch.rows),
                 decode=np.full(len(batch.rows), self.phase is Phase.DECODE),
                 queued_ids=self.run.topk_ids[known.rows] if known else None,
             )
@@ -236,14 +248,13 @@ def micro_batches(step: StepInput, count: int, groups: int, together: bool) -> l
     found = []
     for part, rows in enumerate(_rows(mine_T, count)):
         queued, queued_ids = waiting[part] if part < len(waiting) else (None, None)
-        tokens, ids = mine[part]
+        tokens, _ = mine[part]
         found.append(
             StepInput(
                 tokens=tokens,
                 queued=queued,
                 rank=step.rank[rows],
-                ids=ids,
-                dropped=step.dropped[rows],
+                routing=step.routing.take(rows),
                 decode=step.decode[rows],
                 queued_ids=queued_ids,
             )

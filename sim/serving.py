@@ -200,8 +200,7 @@ class Server:
             tokens=StepTokens(token_id=known.token_id, request=number, position=known.position),
             queued=None,
             rank=np.repeat(np.array([r.group for r, _ in self._now], np.int64), counts),
-            ids=run.topk_ids[rows],
-            dropped=run.dropped[rows],
+            routing=run.take(rows),
             decode=np.repeat(np.array([r.done >= r.prompt for r, _ in self._now]), counts),
             queued_ids=None,
         )

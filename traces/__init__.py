@@ -1,6 +1,7 @@
 """What the router did: tokens, specs, workloads. Imports without torch."""
 
 from moesim.traces.errors import InputError, MoesimError, PolicyError, TraceError
+from moesim.traces.gates import Gates
 from moesim.traces.spec import DTYPE_BYTES, ModelSpec, StackSpec, Widths
 from moesim.traces.tokens import LoadTable, Phase, TokenTable, concat, concat_loads, id_dtype, load_LE, total_load_LE
 from moesim.traces.workload import (
@@ -21,6 +22,7 @@ from moesim.traces.workload import (
 __all__ = [
     "DTYPE_BYTES",
     "Batch",
+    "Gates",
     "InputError",
     "LoadTable",
     "ModelSpec",

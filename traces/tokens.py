@@ -50,6 +50,8 @@ class TokenTable:
     """[T] a `Phase`."""
     lookahead_ids: NDArray[np.uint8 | np.uint16] | None = None
     """[T, L, D, M] what the gates of MoE layers l+1..l+D say of layer l's router input; beyond the last layer: 0."""
+    router_input: NDArray[np.float16] | None = None
+    """[T, L, d_model] what each router was given; None where it was not recorded."""
 
     def __post_init__(self) -> None:
         if self.topk_ids.ndim != 3:
@@ -64,6 +66,9 @@ class TokenTable:
         ahead = self.lookahead_ids
         if ahead is not None and (ahead.ndim != 4 or ahead.shape[:2] != (T, L)):
             raise TraceError(f"lookahead_ids must have shape [{T}, {L}, D, M], got {list(ahead.shape)}")
+        given = self.router_input
+        if given is not None and (given.ndim != 3 or given.shape[:2] != (T, L)):
+            raise TraceError(f"router_input must have shape [{T}, {L}, d_model], got {list(given.shape)}")
 
     def __len__(self) -> int:
         return int(self.topk_ids.shape[0])

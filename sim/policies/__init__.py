@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.predictors import PREDICTORS, Predictor
+from moesim.predictors import PREDICTORS, Predictor, RouterSpec
 from moesim.sim.dispatch import Split, even_split, exact_split
 from moesim.sim.planner import contiguous, pack
 from moesim.sim.policies.rules import Never, Periodic, Prefetch, Replicate, Rule, Target
@@ -173,7 +173,7 @@ def recipe(name: str) -> Recipe:
 def needs_tokens(name: str) -> bool:
     """Whether the named policy must know what every token chose, so that a recording of loads is not enough."""
     predictor = recipe(name).predictor
-    return predictor is not None and PREDICTORS[predictor]().needs_tokens
+    return predictor is not None and bool(PREDICTORS[predictor]().needs)
 
 
 def make_policy(name: str, cluster: Cluster, fit_on: TokenTable | LoadTable) -> Policy:
@@ -191,7 +191,7 @@ def make_policy(name: str, cluster: Cluster, fit_on: TokenTable | LoadTable) -> 
         raise InputError("nothing to fit the policy on: the recording needs at least two requests")
     predictor = PREDICTORS[parts.predictor]() if parts.predictor else None
     if predictor is not None:
-        predictor.fit(fit_on, cluster.experts, cluster.top_k)
+        predictor.fit(fit_on, RouterSpec(num_experts=cluster.experts, top_k=cluster.top_k))
     placed = parts.placement(cluster, total_load_LE(fit_on, cluster.experts))
     return Policy(name=name, cluster=cluster, recipe=parts, predictor=predictor, placed_LGS=placed)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from helpers import make_table
-from moesim.predictors import PREDICTORS, PastStep, Seen
+from moesim.predictors import PREDICTORS, PastStep, RoutedLayer, RouterSpec, Seen, routed_layer
 from moesim.traces import StepTokens, split_requests
 
 
@@ -15,7 +15,7 @@ def tokens(ids):
 
 def fitted(name, table, experts=8):
     predictor = PREDICTORS[name]()
-    predictor.fit(table, experts, table.topk_ids.shape[2])
+    predictor.fit(table, RouterSpec(num_experts=experts, top_k=table.topk_ids.shape[2]))
     return predictor
 
 
@@ -27,7 +27,7 @@ def parts():
 def seen_of(part, layer, count=200):
     rows = slice(0, count)
     step = StepTokens(token_id=part.token_id[rows], request=part.request[rows], position=part.position[rows])
-    return Seen(step=0, tokens=step, routed=[part.topk_ids[rows, i] for i in range(layer)])
+    return Seen(step=0, tokens=step, routed=[routed_layer(part, i, rows) for i in range(layer)])
 
 
 @pytest.mark.parametrize("name", [n for n in PREDICTORS if n != "oracle"])
@@ -65,7 +65,7 @@ def test_markov_by_hand():
     table = make_table(requests=2, length=2, layers=2, experts=2)
     table.topk_ids[:, :, 0] = [[0, 1], [0, 1], [0, 0], [1, 0]]
     predictor = fitted("markov", table, 2)
-    routed = [np.array([[0], [1]], np.uint8)]
+    routed = [RoutedLayer(ids=np.array([[0], [1]], np.uint8))]
     load = predictor.forecast(Seen(step=0, tokens=tokens([5, 6]), routed=routed), 1).load
     # Smoothing adds 0.5 * E * share = 0.5 to each count: row 0 is (1.5, 2.5)/4, row 1 is (1.5, 0.5)/2.
     assert load == pytest.approx([1.5 / 4 + 1.5 / 2, 2.5 / 4 + 0.5 / 2])
@@ -76,7 +76,7 @@ def test_markov_skips_layers_by_chaining(parts):
     predictor = fitted("markov", fit)
     seen = seen_of(run, 1)
     chain = predictor.step_LEE[0] @ predictor.step_LEE[1]
-    assert predictor.forecast(seen, 2).load == pytest.approx(chain[seen.routed[0][:, 0]].sum(axis=0))
+    assert predictor.forecast(seen, 2).load == pytest.approx(chain[seen.routed[0].ids[:, 0]].sum(axis=0))
 
 
 def test_token_table_gives_unseen_ids_the_frequency(parts):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import make_spec, make_table
+from moesim.predictors import RoutedLayer
 from moesim.sim.driver import DecisionLog, Driver
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.scenario import make_scenario, rank_counts
@@ -38,7 +39,7 @@ def run(scene, name, *, arrive=True, until=None, change=None):
                     driver.arrived(t)
             if (number, layer) == until:
                 return driver, log, sends
-            moves = driver.routed(ids[:, layer])
+            moves = driver.routed(RoutedLayer(ids=ids[:, layer]))
             for t in moves:
                 if t.free:
                     driver.arrived(t)
