@@ -83,6 +83,8 @@ class Executor:
         encode = None
         if scenario.phase is Phase.DECODE:
             raise InputError("the decode phase is not available on real devices yet: use encoder or prefill")
+        if scenario.workload.chunked:
+            raise InputError("chunked prefill is not available on real devices yet: leave --chunked away")
         if scenario.phase is Phase.PREFILL:
             if encoder_table is None:
                 raise InputError("prefill needs the encoder's tokens too: record both stacks")

@@ -13,6 +13,7 @@ from moesim.traces.errors import MoesimError
 COMMANDS = {
     "record": ("moesim.cli.record", "record"),
     "trace": ("moesim.cli.trace", "trace"),
+    "predict": ("moesim.cli.predict", "predict"),
     "simulate": ("moesim.cli.simulate", "simulate"),
     "explain": ("moesim.cli.explain", "explain"),
     "run-gpu": ("moesim.cli.run_gpu", "run_gpu"),

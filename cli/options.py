@@ -41,17 +41,23 @@ def _group(name: str, options: list[Callable[[Command], Command]], make: Make) -
 
 
 def _workload(
-    batch_tokens: int | None, batch_requests: int | None, batch_recorded: bool, shuffle: int | None, split: str
+    batch_tokens: int | None,
+    batch_requests: int | None,
+    batch_recorded: bool,
+    chunked: bool,
+    shuffle: int | None,
+    split: str,
 ) -> Workload:
     asked = {"--batch-tokens": batch_tokens is not None, "--batch-requests": batch_requests is not None}
     given = [name for name, there in {**asked, "--batch-recorded": batch_recorded}.items() if there]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} exclude each other: give one of them")
     if batch_recorded:
-        return Workload(unit="recorded", shuffle=shuffle, split=split)
+        return Workload(unit="recorded", shuffle=shuffle, split=split, chunked=chunked)
     if batch_requests is not None:
-        return Workload(batch=batch_requests, unit="requests", shuffle=shuffle, split=split)
-    return Workload(batch=DEFAULT_TOKENS if batch_tokens is None else batch_tokens, shuffle=shuffle, split=split)
+        return Workload(batch=batch_requests, unit="requests", shuffle=shuffle, split=split, chunked=chunked)
+    tokens = DEFAULT_TOKENS if batch_tokens is None else batch_tokens
+    return Workload(batch=tokens, shuffle=shuffle, split=split, chunked=chunked)
 
 
 workload_options = _group(
@@ -63,6 +69,7 @@ workload_options = _group(
             help=f"Tokens a step; in decode: requests in flight.  [default: {DEFAULT_TOKENS}]",
         ),
         click.option("--batch-requests", type=int, help="Requests a step, instead of a number of tokens."),
+        click.option("--chunked", is_flag=True, help="Cut requests so that steps are exactly full (chunked prefill)."),
         click.option("--batch-recorded", is_flag=True, help="Keep the steps of the recording."),
         click.option("--shuffle", type=int, metavar="SEED", help="Seeded random order.  [default: order of arrival]"),
         click.option(

@@ -37,7 +37,7 @@ def load_over_time(results: list[Result], path: Path, title: str) -> None:
         axis.grid(alpha=0.25)
     axes[-1].set_xlabel("step (its layers side by side)")
     axes[0].legend(ncols=min(9, share.shape[1] + 1), fontsize=7, loc="upper right")
-    _save(figure, path, title)
+    save_figure(figure, path, title)
 
 
 def load_heat_map(loads_WLE: NDArray[np.integer], path: Path, title: str, windows: int = 1) -> None:
@@ -62,10 +62,11 @@ def load_heat_map(loads_WLE: NDArray[np.integer], path: Path, title: str, window
     below.grid(alpha=0.25)
     if peak_WL.shape[1] <= 12:
         below.legend(ncols=6, fontsize=7)
-    _save(figure, path, title)
+    save_figure(figure, path, title)
 
 
-def _save(figure: Figure, path: Path, title: str) -> None:
+def save_figure(figure: Figure, path: Path, title: str) -> None:
+    """Write it as PNG. Raises InputError where that is impossible."""
     figure.suptitle(title, fontsize=11)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

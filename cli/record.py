@@ -54,6 +54,7 @@ from moesim.traces.store import MANIFEST, Trace
 )
 @click.option("--generate", default=0, show_default=True, help="Tokens that the model generates for a request.")
 @click.option("--lookahead", default=2, show_default=True, help="Following gates to ask at each layer.")
+@click.option("--router-input", is_flag=True, help="Record what the routers were given, too, to train predictors on.")
 @click.option("--force", is_flag=True, help="Replace an existing trace.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was recorded as JSON.")
 def record(
@@ -74,6 +75,7 @@ def record(
     prefill_tokens: int | None,
     generate: int,
     lookahead: int,
+    router_input: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -98,6 +100,7 @@ def record(
         batch=batch,
         max_tokens=max_tokens,
         lookahead=lookahead,
+        router_input=router_input,
     )
     if not (texts or more_texts or datasets):
         raise InputError("nothing to record: give --text or --dataset")

@@ -28,7 +28,10 @@ class Oracle:
         if truth is None:
             raise ValueError("the next step was not revealed to the oracle")
         ids = truth[:, layer]
-        return Forecast(load=np.bincount(ids.ravel(), minlength=self.num_experts).astype(np.float64), topk=ids)
+        certain_TE = np.zeros((len(ids), self.num_experts), np.float32)
+        np.put_along_axis(certain_TE, ids.astype(np.int64), 1.0, axis=1)
+        load = np.bincount(ids.ravel(), minlength=self.num_experts).astype(np.float64)
+        return Forecast(load=load, topk=ids, inclusion=certain_TE)
 
     def cost(self) -> Cost:
         """Nothing: no machine can have it."""

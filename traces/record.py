@@ -50,6 +50,8 @@ class RecordOptions:
     max_tokens: int | None = None
     """Most encoder and prompt tokens to record in all."""
     lookahead: int = 2
+    router_input: bool = False
+    """Record what the routers were given as well, and their gates: 2 d_model bytes a token and layer."""
 
     def __post_init__(self) -> None:
         for name in ("encoder_tokens", "prefill_tokens", "batch"):
@@ -173,12 +175,14 @@ def record(
     `progress` is called with (encoder and prompt tokens done, in all). Interrupted at any moment, what was written
     stays. Raises InputError where the options, the texts or the tokenizer do not suit the model.
     """
-    recorder = RouterRecorder(model, lookahead=options.lookahead)
+    recorder = RouterRecorder(model, lookahead=options.lookahead, router_input=options.router_input)
     options = options.resolved(model.config.is_encoder_decoder)
     requests = cut_requests(texts, tokenizer, options, start_tokens(model.config, tokenizer))
     _check_vocabulary(requests, recorder.spec)
     about = provenance(model, texts, options, source, recorder.adapter.caveat(recorder.routers))
-    with recorder, TraceWriter(out, recorder.spec, about, overwrite=overwrite, shard_tokens=shard_tokens) as writer:
+    gates = recorder.gates() if options.router_input else None
+    writer = TraceWriter(out, recorder.spec, about, overwrite=overwrite, shard_tokens=shard_tokens, gates=gates)
+    with recorder, writer:
         first, forward, done = 0, 0, 0
         total = sum(request.tokens for request in requests)
         for group in batch_requests(requests, options.batch):
@@ -326,4 +330,5 @@ def table_of(
         step=np.full(count, step, np.int32),
         phase=np.full(count, phase, np.uint8),
         lookahead_ids=None if selection.lookahead is None else selection.lookahead[real_BS],
+        router_input=None if selection.router_input is None else selection.router_input[real_BS],
     )

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from moesim.traces.adapters import adapter_of
 from moesim.traces.errors import InputError
+from moesim.traces.gates import Gates
 from moesim.traces.tokens import id_dtype
 
 LOOKAHEAD_WIDTH = 4
 """M at least; models that choose more experts a token are asked for as many."""
+HALF_MAX = float(torch.finfo(torch.float16).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +38,25 @@ class Selection:
     """[B, S, L] True where none of the token's experts ran."""
     lookahead: np.ndarray[Any, np.dtype[Any]] | None
     """[B, S, L, D, M]."""
+    router_input: np.ndarray[Any, np.dtype[np.float16]] | None
+    """[B, S, L, d_model] what the routers were given, rounded to float16."""
 
 
 class RouterRecorder:
     """Keeps what every router selects while the `with` block runs.
 
     The hooks only keep references and return None, so the model computes what it would compute anyway; the work is done
-    in `take`. `lookahead` is D, how many of the following gates are asked what they think of a layer's router input.
+    in `take`. `lookahead` is D, how many of the following gates are asked what they think of a layer's router input;
+    `router_input` keeps these inputs themselves.
     Raises InputError where the model has no MoE layer of a known family.
     """
 
-    def __init__(self, model: nn.Module, *, lookahead: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, lookahead: int = 0, router_input: bool = False) -> None:
         if lookahead < 0:
             raise InputError(f"lookahead must not be negative, got {lookahead}")
         self.adapter, self.routers = adapter_of(model)
         self.spec = self.adapter.spec(model, self.routers)
-        self.lookahead = lookahead
+        self.lookahead, self.router_input = lookahead, router_input
         self._inputs: list[list[Tensor]] = [[] for _ in self.routers]
         self._kept: list[list[Any]] = [[] for _ in self.routers]
         self._hooks: list[Any] = []
@@ -100,12 +105,30 @@ class RouterRecorder:
         if self.lookahead:
             told = [self._ask_ahead(i, call[0]) for i, call in zip(chosen, calls, strict=True)]
             ahead = torch.stack(told, dim=2).cpu().numpy().astype(small)
+        given = None
+        if self.router_input:
+            inputs = torch.stack([call[0] for call in calls], dim=2).float().clamp(-HALF_MAX, HALF_MAX)
+            given = inputs.half().cpu().numpy()
         return Selection(
             ids=ids.numpy().astype(small),
             weights=weights.detach().float().numpy().astype(np.float16),
             dropped=dropped.numpy(),
             lookahead=ahead,
+            router_input=given,
         )
+
+    def gates(self) -> dict[str, Gates]:
+        """The routers' own weights, by stack."""
+        found = {}
+        for stack in self.spec.stacks:
+            gates = [self.adapter.gate(router) for router in self.routers if router.stack == stack.name]
+            weight = torch.stack([gate.weight.detach().float() for gate in gates])
+            bias = torch.zeros(weight.shape[:2])
+            for row, gate in zip(bias, gates, strict=True):
+                if gate.bias is not None:
+                    row.copy_(gate.bias.detach())
+            found[stack.name] = Gates(weight=weight.cpu().numpy(), bias=bias.numpy())
+        return found
 
     def _following(self, i: int) -> list[int]:
         """The next at most D routers of the same stack."""

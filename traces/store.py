@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from moesim.traces.errors import TraceError
+from moesim.traces.gates import Gates, gates_of_bytes
 from moesim.traces.spec import ModelSpec
 from moesim.traces.tokens import LoadTable, Phase, TokenTable, concat, concat_loads, id_dtype
 
-FORMAT, SCHEMA_VERSION = "moetrace", 2
+FORMAT, SCHEMA_VERSION = "moetrace", 3
+READABLE = (2, 3)
+"""Schemas that are understood; 3 is 2 with router inputs and gates, where they were recorded."""
 MANIFEST = "manifest.json"
 Kind = Literal["tokens", "loads"]
 """Whether a trace says what every token chose, or only how many tokens each expert got."""
-OPTIONAL = ("topk_weights", "token_id", "lookahead_ids")
+OPTIONAL = ("topk_weights", "token_id", "lookahead_ids", "router_input")
 PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 DTYPES: dict[str, tuple[type[np.generic], ...]] = {
     "topk_ids": (np.uint8, np.uint16),
@@ -38,6 +41,7 @@ DTYPES: dict[str, tuple[type[np.generic], ...]] = {
     "step": (np.int32,),
     "phase": (np.uint8,),
     "lookahead_ids": (np.uint8, np.uint16),
+    "router_input": (np.float16,),
 }
 LOAD_DTYPES: dict[str, tuple[type[np.generic], ...]] = {"load": (np.int64,), "step": (np.int32,), "phase": (np.uint8,)}
 
@@ -50,6 +54,15 @@ class Shard:
     stack: str
     rows: int
     """Tokens, or rows of loads."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateFile:
+    """The file that holds the gates of all stacks, as the manifest lists it."""
+
+    name: str
     bytes: int
     sha256: str
 
@@ -70,6 +83,7 @@ class Trace:
             self.request_texts = _request_texts(_list(manifest, "texts"), _list(manifest, "request_text"))
             """Name of the text that each request comes from; empty where the recording did not say."""
             self.provenance: dict[str, Any] = dict(manifest["provenance"])
+            self.gate_file = _gate_file(manifest.get("gates"))
         except TraceError as error:
             raise TraceError(f"{path / MANIFEST}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
@@ -94,7 +108,7 @@ class Trace:
             raise TraceError(
                 f"{file}: written by a newer moesim (schema {version}, this one reads {SCHEMA_VERSION}); upgrade moesim"
             )
-        if version != SCHEMA_VERSION:
+        if version not in READABLE:
             raise TraceError(
                 f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}; record or import the trace again"
             )
@@ -138,6 +152,17 @@ class Trace:
         """All rows of `stack`, whatever the kind of the trace. Raises TraceError as `parts` does."""
         return self.loads(stack) if self.kind == "loads" else self.table(stack)
 
+    def gates(self, stack: str) -> Gates | None:
+        """The frozen gates of `stack`; None where they were not recorded. Raises TraceError where they are damaged."""
+        if self.gate_file is None:
+            return None
+        try:
+            return gates_of_bytes((self.path / self.gate_file.name).read_bytes(), self.spec).get(stack)
+        except OSError as error:
+            raise self._damaged(self.gate_file, f"cannot be read ({error.strerror})") from None
+        except TraceError as error:
+            raise self._damaged(self.gate_file, str(error)) from None
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Stack to phase to rows (tokens; in a trace of loads its rows)."""
         out: dict[str, dict[str, int]] = {}
@@ -151,28 +176,35 @@ class Trace:
 
     def leftovers(self) -> list[str]:
         """Files in the folder that the manifest does not list: what an interrupted recording left behind."""
-        known = {MANIFEST, *(shard.name for shard in self.shards)}
+        known = {MANIFEST, *(shard.name for shard in self.shards), *([self.gate_file.name] if self.gate_file else [])}
         return sorted(entry.name for entry in self.path.iterdir() if entry.name not in known)
 
     def verify(self) -> Iterator[Shard]:
-        """Check every shard (size, digest, columns, ranges) and yield it when it is sound.
+        """Check the gates, then every shard (size, digest, columns, ranges), and yield it when it is sound.
 
         Raises TraceError at the first problem, naming the file, what is wrong and what to do.
         """
+        if self.gate_file:
+            self._check_digest(self.gate_file)
+            for stack in self.stacks:
+                self.gates(stack)
         for shard in self.shards:
-            try:
-                with (self.path / shard.name).open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise self._damaged(shard, f"cannot be read ({error.strerror})") from None
-            if (size := (self.path / shard.name).stat().st_size) != shard.bytes:
-                raise self._damaged(shard, f"has {size} bytes, the manifest says {shard.bytes}")
-            if digest != shard.sha256:
-                raise self._damaged(shard, "its content has changed since it was written (SHA-256 differs)")
+            self._check_digest(shard)
             table = self._loads(shard) if self.kind == "loads" else self._tokens(shard)
             if problem := first_problem(table, self.spec, len(self.request_texts)):
                 raise self._damaged(shard, problem)
             yield shard
+
+    def _check_digest(self, listed: Shard | GateFile) -> None:
+        try:
+            with (self.path / listed.name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise self._damaged(listed, f"cannot be read ({error.strerror})") from None
+        if (size := (self.path / listed.name).stat().st_size) != listed.bytes:
+            raise self._damaged(listed, f"has {size} bytes, the manifest says {listed.bytes}")
+        if digest != listed.sha256:
+            raise self._damaged(listed, "its content has changed since it was written (SHA-256 differs)")
 
     def _shards_of(self, stack: str) -> list[Shard]:
         found = [shard for shard in self.shards if shard.stack == stack]
@@ -219,7 +251,7 @@ class Trace:
         if found != expected:
             raise self._damaged(shard, f"its shape is {list(found)}, the manifest says {list(expected)}")
 
-    def _damaged(self, shard: Shard, what: str) -> TraceError:
+    def _damaged(self, shard: Shard | GateFile, what: str) -> TraceError:
         return TraceError(f"{self.path / shard.name}: {what}; restore the file or record the trace again")
 
 
@@ -232,6 +264,7 @@ def first_problem(table: TokenTable | LoadTable, spec: ModelSpec, requests: int)
     else:
         E, V, R = spec.num_experts, spec.vocab_size or 1 << 31, requests or 1 << 31
         weights, tokens, ahead = table.topk_weights, table.token_id, table.lookahead_ids
+        given = table.router_input
         negative = any((column < 0).any() for column in (table.request, table.position, table.step))
         rules |= {
             f"an expert id is not below {E}": (table.topk_ids >= E).any() or table.topk_ids.dtype != id_dtype(E),
@@ -240,6 +273,7 @@ def first_problem(table: TokenTable | LoadTable, spec: ModelSpec, requests: int)
             "a request, position or step is negative": negative,
             f"a request is not below {R}": (table.request >= R).any(),
             f"a lookahead id is not below {E}": ahead is not None and (ahead >= E).any(),
+            "a router input is not a finite number": given is not None and not np.isfinite(given).all(),
         }
     return next((problem for problem, found in rules.items() if found), None)
 
@@ -259,6 +293,15 @@ def _shard(entry: Any, spec: ModelSpec) -> Shard:
         raise TraceError(f"shard {shard.name}: rows and bytes must be whole numbers")
     spec.stack(shard.stack)
     return shard
+
+
+def _gate_file(entry: Any) -> GateFile | None:
+    if entry is None:
+        return None
+    file = GateFile(**entry)
+    if not isinstance(file.name, str) or not PLAIN_NAME.fullmatch(file.name):
+        raise TraceError(f"gate file name {file.name!r} is not a plain file name")
+    return file
 
 
 def _request_texts(texts: list[Any], request_text: list[Any]) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from moesim.traces.tokens import LoadTable, Phase, TokenTable
 Unit = Literal["tokens", "requests", "recorded"]
 SPLITS = ("request", "alternate", "time", "dataset:NAME")
 """How requests are divided into those to fit on and those to run, see `split_requests`."""
+EACH_DATASET = "dataset"
+"""Every data set held out in turn: several divisions, which only a study of predictors knows what to do with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,24 +37,33 @@ class Workload:
     """Seed of a random order of the requests; None is the order of arrival."""
     split: str = "request"
     """One of SPLITS."""
+    chunked: bool = False
+    """Requests are cut so that every step has exactly `batch` tokens, the last one less (chunked prefill)."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise InputError(f"a batch must hold at least 1 of its {self.unit}, got {self.batch}")
         if self.unit not in get_args(Unit):
             raise InputError(f"unknown unit of a batch {self.unit!r}; known: {', '.join(get_args(Unit))}")
+        if self.chunked and self.unit != "tokens":
+            raise InputError(f"chunks are cut by tokens: a batch in {self.unit} and chunks exclude each other")
         if self.shuffle is not None and self.shuffle < 0:
             raise InputError(f"the seed of a shuffle must not be negative, got {self.shuffle}")
-        if self.split not in SPLITS[:-1] and not self.split.startswith("dataset:"):
+        if self.split not in (*SPLITS[:-1], EACH_DATASET) and not self.split.startswith("dataset:"):
             raise InputError(f"unknown split {self.split!r}; known: {', '.join(SPLITS)}")
 
     def describe(self) -> dict[str, str]:
         """For reports: batch, order and split in words."""
         return {
-            "batch": "as recorded" if self.unit == "recorded" else f"{self.batch} {self.unit}",
+            "batch": self._batch(),
             "order": "arrival" if self.shuffle is None else f"shuffle {self.shuffle}",
             "split": self.split,
         }
+
+    def _batch(self) -> str:
+        if self.unit == "recorded":
+            return "as recorded"
+        return f"{self.batch} {self.unit}{' in chunks' if self.chunked else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +99,12 @@ def batches(table: TokenTable, workload: Workload, phase: Phase) -> list[Batch]:
     """Cut the tokens of `phase` into steps.
 
     Encoder and prefill: whole requests are added while the step stays within the batch (a longer request is a step of
-    its own). Decode: `batch` requests are in flight, each with one token a step; a finished one makes room for the
+    its own). In chunks: requests one after the other, cut every `batch` tokens, which only a prefill can do. Decode: `batch` requests are in flight, each with one token a step; a finished one makes room for the
     next. As recorded: the passes of the recording, as far as their requests are in `table`.
-    Raises InputError where no token of the phase was recorded.
+    Raises InputError where no token of the phase was recorded, or the phase cannot be cut.
     """
+    if workload.chunked and phase is not Phase.PREFILL:
+        raise InputError(f"only a prefill can be cut into chunks: in {phase.name.lower()} steps a request stays whole")
     rows = np.flatnonzero(table.phase == phase)
     if not len(rows):
         raise InputError(f"the trace has no {phase.name.lower()} tokens; record them, or choose another phase")
@@ -99,6 +112,9 @@ def batches(table: TokenTable, workload: Workload, phase: Phase) -> list[Batch]:
     atoms = _shuffled(_grouped(table, rows, table.step if recorded else table.request), workload)
     if recorded:
         groups: Iterator[NDArray[np.intp]] = iter(atoms)
+    elif workload.chunked:
+        every = np.concatenate(atoms)
+        groups = iter(np.split(every, range(workload.batch, len(every), workload.batch)))
     elif phase is Phase.DECODE:
         groups = _decode_steps(atoms, workload.batch)
     else:
@@ -153,6 +169,8 @@ def split_requests(
     of the text NAME, fitted on all others, which is a shift of workload. Raises InputError where one side is empty or
     no request is of that text.
     """
+    if split == EACH_DATASET:
+        raise InputError("split 'dataset' holds out every data set in turn, for moesim predict: name one, dataset:NAME")
     if split.startswith("dataset:"):
         run_T = _of_text(table.request, split.removeprefix("dataset:"), request_texts)
     elif split == "request":

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,19 +21,21 @@ import numpy as np
 from safetensors.numpy import save
 
 from moesim.traces.errors import InputError
+from moesim.traces.gates import Gates, gates_to_bytes
 from moesim.traces.spec import ModelSpec
-from moesim.traces.store import FORMAT, MANIFEST, SCHEMA_VERSION, Kind, Shard
+from moesim.traces.store import FORMAT, MANIFEST, SCHEMA_VERSION, GateFile, Kind, Shard
 from moesim.traces.tokens import LoadTable, TokenTable, concat, concat_loads
 
 SHARD_TOKENS, SHARD_BYTES = 1 << 16, 1 << 28
-OWN_SHARD = re.compile(r"(?:encoder|decoder)-\d+\.safetensors(?:\.partial)?", re.ASCII)
+OWN_SHARD = re.compile(r"(?:encoder|decoder|gates)-\d+\.safetensors(?:\.partial)?", re.ASCII)
 """Names that a TraceWriter gives; nothing else is ever deleted."""
 
 
 class TraceWriter:
     """Appends tokens (or loads) to a new trace, shard by shard; as a context manager it completes the last shard.
 
-    A shard is full at `shard_tokens` rows, or earlier where rows are wide. `provenance` may grow until the end.
+    A shard is full at `shard_tokens` rows, or earlier where rows are wide. `provenance` may grow until the end. `gates`
+    are those of every stack, where predictors may use them.
 
     Raises InputError where `path` exists and `overwrite` is not set, or is something else than a trace.
     """
@@ -47,9 +49,12 @@ class TraceWriter:
         kind: Kind = "tokens",
         shard_tokens: int = SHARD_TOKENS,
         overwrite: bool = False,
+        gates: Mapping[str, Gates] | None = None,
     ) -> None:
         self.path, self.spec, self.provenance, self.kind = path, spec, dict(provenance), kind
         self.shard_tokens = shard_tokens
+        self._gates = gates
+        self._gate_file: GateFile | None = None
         self._old = _old_files(path, overwrite)
         # Numbers go on after the replaced trace's, so that it stays whole until the new manifest is there.
         self._first_number = max((int("".join(filter(str.isdigit, name))) + 1 for name in self._old), default=0)
@@ -106,7 +111,15 @@ class TraceWriter:
         self._shards.append(shard)
         self._write_manifest()
 
+    def _write_gates(self, gates: Mapping[str, Gates]) -> None:
+        data = gates_to_bytes(gates)
+        name = f"gates-{self._first_number:05d}.safetensors"
+        _write(self.path / name, data)
+        self._gate_file = GateFile(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
     def _write_manifest(self) -> None:
+        if self._gates is not None and self._gate_file is None:
+            self._write_gates(self._gates)
         texts = sorted(set(self._request_texts))
         manifest = {
             "format": FORMAT,
@@ -116,6 +129,7 @@ class TraceWriter:
             "texts": texts,
             "request_text": [texts.index(text) for text in self._request_texts],
             "provenance": self.provenance,
+            "gates": asdict(self._gate_file) if self._gate_file else None,
             "shards": [asdict(shard) for shard in self._shards],
         }
         text = json.dumps(manifest, indent=2) + "\n"

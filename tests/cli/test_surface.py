@@ -12,10 +12,11 @@ from moesim.cli import main
 
 SHIPPED = str(Path(__file__).parents[2] / "models/switch-mini")
 
-WORKLOAD = "--batch-tokens --batch-requests --batch-recorded --shuffle --split"
+WORKLOAD = "--batch-tokens --batch-requests --chunked --batch-recorded --shuffle --split"
 SURFACE = {
     "record": "--model --text --dataset --dataset-split --dataset-column --dataset-revision --dataset-documents --out "
-    "--device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate --lookahead --force --json",
+    "--device --dtype --batch --max-tokens --encoder-tokens --prefill-tokens --generate --lookahead --router-input "
+    "--force --json",
     "trace info": "--json",
     "trace stats": "--stack --window-tokens --gpus --top --picture --per-window --json",
     "trace verify": "--json",
@@ -26,6 +27,8 @@ SURFACE = {
     "trace formats": "--json",
     "trace synth": "--out --like --experts --layers --top-k --requests --request-tokens --skew --drift --coupling "
     "--overlap --domains --domain-shift --arrival --window-tokens --shapes --seed --force --json",
+    "predict": f"--predictor --horizon {WORKLOAD} --fit-on --phase --gpus --extra-slots --at --max-steps --seed --epochs "
+    "--device --checkpoints --save --load --json --out --picture",
     "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --resident --max-steps "
     "--shapes --dtype --contention --tensor-parallel --micro-batches --no-overlap --send --copy-dtype --arrivals "
     "--requests --seed --max-running --ttft-ms --tpot-ms --fault --workers --json --out --picture --timeline "
