@@ -10,37 +10,46 @@ from rich.table import Table
 
 from moesim.cli.picture import save_figure
 
-WIDTH = 132
+WIDTH = 120
 """Columns that the widest table needs; used where the output is not a terminal."""
 
 
 def print_study(report: dict[str, Any], console: Console | None = None) -> None:
-    """A table for every distance, one of costs, and the footnotes."""
+    """Two tables for every distance, one of costs, and the footnotes."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     mean = report["mean"]
     for horizon in mean["multinomial_floor"]:
-        console.print(_table(report, horizon))
+        for table in _tables(report, horizon):
+            console.print(table)
     console.print(_costs(mean))
     for line in footnotes(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def columns_of(report: dict[str, Any]) -> dict[str, str]:
-    """Key of a number to its heading, in the order of the table."""
+def token_columns(report: dict[str, Any]) -> dict[str, str]:
+    """What is said of single tokens: key of a number to its heading, in the order of the table."""
     k = report["config"]["top_k"]
-    extras = report["config"]["extra_slots"]
     return {
         "first_recall": "top-1",
         f"recall_at_{k}": f"recall@{k}",
         f"recall_at_{2 * k}": f"recall@{2 * k}",
+        f"recall_at_{4 * k}": f"recall@{4 * k}",
         f"precision_at_{2 * k}": f"precision@{2 * k}",
-        "load_error": "load error",
+        "calibration_error": "calibration",
+    }
+
+
+def load_columns(report: dict[str, Any]) -> dict[str, str]:
+    """What is said of loads, and what it is worth, as `token_columns`."""
+    extras = report["config"]["extra_slots"]
+    return {
+        "load_error_tokens": "error, tokens",
+        "load_error": "error",
         "overloaded_precision": "hot precision",
         "overloaded_recall": "hot recall",
         "loads_within_2sd": "in 2 sd",
-        "calibration_error": "calibration",
         **{f"balancedness_{n}": f"balanced +{n}" for n in extras},
         **{f"gap_closed_{n}": f"gap +{n}" for n in extras},
     }
@@ -51,18 +60,22 @@ def cells_of(numbers: dict[str, Any], columns: dict[str, str]) -> list[str]:
     return ["-" if numbers.get(key) is None else f"{numbers[key]:.3f}" for key in columns]
 
 
-def _table(report: dict[str, Any], horizon: str) -> Table:
-    columns = columns_of(report)
-    known = {key for told in report["mean"]["predictors"].values() for key in told["horizons"][horizon]}
-    columns = {key: name for key, name in columns.items() if key in known}
-    title = f"{horizon} layer{'s' if horizon != '1' else ''} ahead, mean over layers"
-    table = Table(title=title, title_justify="left")
-    table.add_column("predictor", no_wrap=True)
-    for name in columns.values():
-        table.add_column(name, justify="right")
-    for predictor, told in report["mean"]["predictors"].items():
-        table.add_row(predictor, *cells_of(told["horizons"][horizon], columns))
-    return table
+def _tables(report: dict[str, Any], horizon: str) -> list[Table]:
+    told = report["mean"]["predictors"]
+    ahead = f"{horizon} layer{'s' if horizon != '1' else ''} ahead, mean over layers"
+    rows = {name: numbers["horizons"][horizon] for name, numbers in told.items()}
+    tables = []
+    for title, columns in (("Tokens", token_columns(report)), ("Loads", load_columns(report))):
+        columns = {key: name for key, name in columns.items() if any(key in row for row in rows.values())}  # noqa: PLW2901
+        table = Table(title=f"{title}, {ahead}", title_justify="left")
+        table.add_column("predictor", no_wrap=True)
+        for name in columns.values():
+            table.add_column(name, justify="right")
+        for name, row in rows.items():
+            if any(row.get(key) is not None for key in columns):
+                table.add_row(name, *cells_of(row, columns))
+        tables.append(table)
+    return tables
 
 
 def _costs(mean: dict[str, Any]) -> Table:
@@ -94,8 +107,8 @@ def footnotes(report: dict[str, Any]) -> list[str]:
     fitted = f"on {', '.join(c['fit_on'])}" if c["fit_on"] else "on the other part of the requests"
     return [
         f"{c['trace']}: {c['phase']} of {c['family']}, {c['layers']} layers x {c['experts']} experts, top-{c['top_k']}"
-        f"; {c['batch']} a step in order of {c['order']}, {mean['steps']:.0f} steps, {mean['tokens']:.0f} tokens; fitted "
-        f"{fitted} ({mean['fitted_tokens']:.0f} tokens), split by {c['split']}.",
+        f"; {c['batch']} a step in order of {c['order']}, {mean['steps']:.0f} steps, {mean['tokens']:.0f} tokens; "
+        f"fitted {fitted} ({mean['fitted_tokens']:.0f} tokens), split by {c['split']}.",
         f"load error: share of the choices forecast for the wrong expert; who knows the long run and not the tokens "
         f"cannot be below (multinomial floor): {floors}.",
         f"balanced: mean / max of {c['gpus']} GPU loads, mean over steps and layers, replicas planned on the forecast "

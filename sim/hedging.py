@@ -33,9 +33,8 @@ def hedged_replicas(load_E: Floats, sd_E: Floats | None, home_EG: NDArray[np.boo
     drawn_NE = np.maximum(load_E + sd_E * _normal(len(load_E)), 0.0)
     greedy = replicas(load_E, home_EG, np.zeros_like(home_EG), room)
     plans = [_filled(greedy, load_E, home_EG, room)]
-    plans += [
-        _rings(order, load_E, home_EG, room) for order in (_alternating(load_E @ home_EG), _levelled(load_E @ home_EG))
-    ]
+    load_G = load_E @ home_EG
+    plans += [_rings(ring_G, load_E, home_EG, room) for ring_G in (_alternating(load_G), _levelled(load_G))]
     home_E = home_EG.argmax(axis=1)
     costs = []
     for plan in plans:

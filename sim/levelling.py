@@ -61,15 +61,18 @@ def busiest(load_NE: Any, home_E: Any, pair_P2: Any, gpus: int) -> float:
                 break
         if everything > 0:
             total += load_G.max() * gpus / everything
-    return total / len(load_NE)
+    mean: float = total / len(load_NE)
+    return mean
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _level(load_G: Any, hosts: Any, count: int, amount: float) -> float:
     """Height to which `amount` fills the hosts."""
+    level = 0.0
     if count == 2:
         low, high = min(load_G[hosts[0]], load_G[hosts[1]]), max(load_G[hosts[0]], load_G[hosts[1]])
-        return low + amount if low + amount <= high else (low + high + amount) / 2
+        level = low + amount if low + amount <= high else (low + high + amount) / 2
+        return level
     heights = np.empty(count)
     for i in range(count):
         heights[i] = load_G[hosts[i]]
@@ -79,5 +82,5 @@ def _level(load_G: Any, hosts: Any, count: int, amount: float) -> float:
         below += heights[i]
         level = (below + amount) / (i + 1)
         if i + 1 == count or level <= heights[i + 1]:
-            return level
+            break
     return level

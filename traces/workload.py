@@ -99,8 +99,9 @@ def batches(table: TokenTable, workload: Workload, phase: Phase) -> list[Batch]:
     """Cut the tokens of `phase` into steps.
 
     Encoder and prefill: whole requests are added while the step stays within the batch (a longer request is a step of
-    its own). In chunks: requests one after the other, cut every `batch` tokens, which only a prefill can do. Decode: `batch` requests are in flight, each with one token a step; a finished one makes room for the
-    next. As recorded: the passes of the recording, as far as their requests are in `table`.
+    its own). In chunks: requests one after the other, cut every `batch` tokens, which only a prefill can do. Decode:
+    `batch` requests are in flight, each with one token a step; a finished one makes room for the next. As recorded: the
+    passes of the recording, as far as their requests are in `table`.
     Raises InputError where no token of the phase was recorded, or the phase cannot be cut.
     """
     if workload.chunked and phase is not Phase.PREFILL:

@@ -27,8 +27,8 @@ SURFACE = {
     "trace formats": "--json",
     "trace synth": "--out --like --experts --layers --top-k --requests --request-tokens --skew --drift --coupling "
     "--overlap --domains --domain-shift --arrival --window-tokens --shapes --seed --force --json",
-    "predict": f"--predictor --horizon {WORKLOAD} --fit-on --phase --gpus --extra-slots --at --max-steps --seed --epochs "
-    "--device --checkpoints --save --load --json --out --picture",
+    "predict": f"--predictor --horizon {WORKLOAD} --fit-on --phase --gpus --extra-slots --at --max-steps --seed "
+    "--epochs --device --checkpoints --save --load --json --out --picture",
     "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --resident --max-steps "
     "--shapes --dtype --contention --tensor-parallel --micro-batches --no-overlap --send --copy-dtype --arrivals "
     "--requests --seed --max-running --ttft-ms --tpot-ms --fault --workers --json --out --picture --timeline "
