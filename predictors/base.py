@@ -213,6 +213,15 @@ def inclusion_of(p_TE: NDArray[np.floating], top_k: int) -> NDArray[np.floating]
     return np.asarray(np.minimum(wanted_TE, 1))
 
 
+def filled(known_TE: NDArray[np.floating], usual_E: NDArray[np.floating], top_k: int) -> NDArray[np.floating]:
+    """[T, E] inclusion probabilities, rows summing to K: what is known where it is not 0, and what is missing to K
+    divided among the other experts as usual (`usual_E`). Where these cannot take it all, everything grows."""
+    other_TE = np.where(known_TE > 0, 0, usual_E)
+    rest_T1 = np.maximum(top_k - known_TE.sum(axis=1, keepdims=True), 0)
+    whole_TE = known_TE + other_TE * (rest_T1 / np.maximum(other_TE.sum(axis=1, keepdims=True), 1e-30))
+    return inclusion_of(whole_TE / whole_TE.sum(axis=1, keepdims=True), top_k)
+
+
 def most_probable(p_TE: NDArray[np.floating], count: int) -> NDArray[np.intp]:
     """[T, count] the experts with the highest values, highest first; ties to the lowest id where count is 1."""
     if count == 1:

@@ -72,15 +72,15 @@ def _level(load_G: Any, hosts: Any, count: int, amount: float) -> float:
     if count == 2:
         low, high = min(load_G[hosts[0]], load_G[hosts[1]]), max(load_G[hosts[0]], load_G[hosts[1]])
         level = low + amount if low + amount <= high else (low + high + amount) / 2
-        return level
-    heights = np.empty(count)
-    for i in range(count):
-        heights[i] = load_G[hosts[i]]
-    heights.sort()
-    below = 0.0
-    for i in range(count):
-        below += heights[i]
-        level = (below + amount) / (i + 1)
-        if i + 1 == count or level <= heights[i + 1]:
-            break
+    else:
+        heights = np.empty(count)
+        for i in range(count):
+            heights[i] = load_G[hosts[i]]
+        heights.sort()
+        below = 0.0
+        for i in range(count):
+            below += heights[i]
+            level = (below + amount) / (i + 1)
+            if i + 1 == count or level <= heights[i + 1]:
+                break
     return level

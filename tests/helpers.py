@@ -1,8 +1,10 @@
 """Small recordings made by hand, for tests that need routing but no model."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from moesim.traces import ModelSpec, StackSpec, TokenTable, Widths, id_dtype
+from moesim.traces import Gates, ModelSpec, StackSpec, TokenTable, Widths, id_dtype
 
 
 def make_spec(layers=3, experts=8, **changes):
@@ -43,4 +45,25 @@ def make_table(requests=16, length=32, layers=3, experts=8, top_k=1, seed=0, pha
         position=np.tile(np.arange(length), requests).astype(np.int32),
         step=np.zeros(T, np.int32),
         phase=np.full(T, phase, np.uint8),
+    )
+
+
+def with_router_inputs(table, experts=8, d_model=16, seed=0):
+    """(the table with router inputs and two layers of lookahead, gates that say what the routers chose): inputs are the
+    chosen gates' rows and noise, and lean towards what the next layers will choose."""
+    rng = np.random.default_rng(seed)
+    T, L, _ = table.topk_ids.shape
+    weight = rng.normal(size=(L, experts, d_model)).astype(np.float32)
+    weight /= np.linalg.norm(weight, axis=2, keepdims=True)
+    own = np.stack([weight[layer][table.topk_ids[:, layer]].sum(axis=1) for layer in range(L)], axis=1)
+    ahead = np.concatenate([own[:, 1:], own[:, -1:]], axis=1)
+    given = (2 * own + ahead + 0.1 * rng.normal(size=own.shape)).astype(np.float16)
+    wide = min(4, experts)
+    lookahead = np.zeros((T, L, 2, wide), table.topk_ids.dtype)
+    for layer in range(L):
+        for distance in range(1, min(2, L - 1 - layer) + 1):
+            logits = given[:, layer].astype(np.float32) @ weight[layer + distance].T
+            lookahead[:, layer, distance - 1] = np.argsort(-logits, axis=1, kind="stable")[:, :wide]
+    return replace(table, router_input=given, lookahead_ids=lookahead), Gates(
+        weight=weight, bias=np.zeros((L, experts), np.float32)
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moesim.traces.errors import InputError
+from moesim.traces.gates import Gates
 from moesim.traces.importing import Progress
 from moesim.traces.store import OPTIONAL, Trace
 from moesim.traces.tokens import LoadTable, TokenTable
@@ -30,6 +31,9 @@ def concat_traces(
     for trace in traces[1:]:
         _check_same_router(traces[0], trace)
     left_out = _left_out(traces)
+    gates = _common_gates(traces)
+    if gates is None and any(trace.gate_file for trace in traces):
+        left_out.append("gates")
     total = sum(shard.rows for trace in traces for shard in trace.shards)
     provenance = {
         "concatenated": [{"trace": trace.path.name, "provenance": trace.provenance} for trace in traces],
@@ -38,7 +42,7 @@ def concat_traces(
     }
     spec = next((trace.spec for trace in traces if trace.spec.widths), traces[0].spec)
     request = step = done = 0
-    with TraceWriter(out, spec, provenance, kind=traces[0].kind, overwrite=overwrite) as writer:
+    with TraceWriter(out, spec, provenance, kind=traces[0].kind, overwrite=overwrite, gates=gates) as writer:
         for trace in traces:
             requests, steps = len(trace.request_texts), 0
             for stack, part in _parts(trace):
@@ -79,6 +83,15 @@ def _left_out(traces: list[Trace]) -> list[str]:
     return [name for name in OPTIONAL if any(name in have for have in columns) and not all(name in h for h in columns)]
 
 
+def _common_gates(traces: list[Trace]) -> dict[str, Gates] | None:
+    """The gates, where all traces have the same."""
+    files = [trace.gate_file for trace in traces]
+    if files[0] is None or any(file is None or file.sha256 != files[0].sha256 for file in files):
+        return None
+    found = {stack.name: traces[0].gates(stack.name) for stack in traces[0].spec.stacks}
+    return {stack: gates for stack, gates in found.items() if gates is not None}
+
+
 def _parts(trace: Trace) -> Iterator[tuple[str, TokenTable | LoadTable]]:
     for stack in trace.stacks:
         parts = trace.load_parts(stack) if trace.kind == "loads" else trace.parts(stack)
@@ -87,5 +100,5 @@ def _parts(trace: Trace) -> Iterator[tuple[str, TokenTable | LoadTable]]:
 
 
 def _moved(part: TokenTable, request: int, left_out: list[str]) -> TokenTable:
-    changes: dict[str, Any] = dict.fromkeys(left_out)
+    changes: dict[str, Any] = dict.fromkeys(name for name in left_out if name in OPTIONAL)
     return replace(part, request=part.request + np.int32(request), **changes)
