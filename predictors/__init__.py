@@ -29,6 +29,7 @@ from moesim.predictors.matrices import NearestMatrix
 from moesim.predictors.mixture import Mixture
 from moesim.predictors.oracle import Oracle
 from moesim.predictors.paths import Paths
+from moesim.predictors.ridge import Ridge
 
 
 def _learned(module: str, name: str) -> Callable[[], Predictor]:
@@ -58,6 +59,8 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "stacked-gate": StackedGate,
     "draft-gate": DraftGate,
     "mixture": Mixture,
+    "ridge": Ridge,
+    "ridge-online": lambda: Ridge("ridge-online", adaptive=True),
     "sida": _learned("sida", "Sida"),
     "predictive-replication": _learned("replication", "Replication"),
     "gru": _learned("gru", "Gru"),

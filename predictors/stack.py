@@ -1,0 +1,59 @@
+"""Several opinions about each (token, expert) pair, weighed by logistic regression on held-out tokens.
+
+Shape letters: J opinions, T tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.predictors.base import Forecast
+
+LEAST = 4e-3
+"""Opinions are kept this far from never and always: they are not that sure."""
+Opinions = NDArray[np.float32]
+"""[J, T, E] each about the probability that the expert is chosen; may lie outside 0 and 1 a little."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """The fitted weights on the opinions' log odds."""
+
+    weight_J: NDArray[np.float32]
+    bias: float
+
+    def forecast(self, opinion_JTE: Opinions, top_k: int) -> Forecast:
+        """Inclusion probabilities scaled to rows that sum to K, none above 1."""
+        from moesim.predictors.kernels import included  # compiled: only who forecasts pays for it
+
+        odds_TE = np.full(opinion_JTE.shape[1:], np.float32(self.bias))
+        for weight, p_TE in zip(self.weight_J, opinion_JTE, strict=True):
+            inside_TE = np.clip(p_TE, np.float32(LEAST), np.float32(1 - LEAST))
+            odds_TE += weight * np.log(inside_TE / (1 - inside_TE))
+        inclusion_TE = 1 / (1 + np.exp(-odds_TE))
+        topk = np.empty((len(inclusion_TE), top_k), np.int64)
+        included(inclusion_TE, topk)
+        load_E = inclusion_TE.sum(axis=0, dtype=np.float64)
+        return Forecast(load=load_E, topk=topk, inclusion=inclusion_TE)
+
+
+def fit_stack(opinion_JTE: Opinions, ids_TK: NDArray[np.integer], most: int = 4096) -> Stack:
+    """Logistic regression by Newton's method with a little ridge, on at most `most` tokens."""
+    opinion_JTE, ids_TK = opinion_JTE[:, :most], ids_TK[:most]
+    J = len(opinion_JTE)
+    p_JN = np.clip(opinion_JTE.reshape(J, -1).astype(np.float64), LEAST, 1 - LEAST)
+    x_JN = np.concatenate([np.log(p_JN / (1 - p_JN)), np.ones((1, p_JN.shape[1]))])
+    chosen = np.zeros(opinion_JTE.shape[1:])
+    np.put_along_axis(chosen, ids_TK.astype(np.int64), 1.0, axis=1)
+    weight = np.zeros(J + 1)
+    weight[0] = 1.0
+    for _ in range(15):
+        told_N = 1 / (1 + np.exp(-(weight @ x_JN)))
+        slope = x_JN @ (chosen.ravel() - told_N) - 1e-3 * weight
+        curve = (x_JN * (told_N * (1 - told_N))) @ x_JN.T + 1e-3 * np.eye(J + 1)
+        step = np.linalg.solve(curve, slope)
+        weight += step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+    return Stack(weight_J=weight[:-1].astype(np.float32), bias=float(weight[-1]))
