@@ -29,7 +29,7 @@ from moesim.predictors.matrices import NearestMatrix
 from moesim.predictors.mixture import Mixture
 from moesim.predictors.oracle import Oracle
 from moesim.predictors.paths import Paths
-from moesim.predictors.ridge import Ridge
+from moesim.predictors.ridge import OnlineRidge, Ridge
 
 
 def _learned(module: str, name: str) -> Callable[[], Predictor]:
@@ -60,13 +60,14 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "draft-gate": DraftGate,
     "mixture": Mixture,
     "ridge": Ridge,
-    "ridge-online": lambda: Ridge("ridge-online", adaptive=True),
+    "ridge-online": OnlineRidge,
     "sida": _learned("sida", "Sida"),
     "predictive-replication": _learned("replication", "Replication"),
     "gru": _learned("gru", "Gru"),
     "gate": _learned("gate_mlp", "Gate"),
     "gate-mlp": _learned("gate_mlp", "GateMlp"),
     "gate-mlp-online": _learned("gate_mlp", "GateMlpOnline"),
+    "gate-attention": _learned("gate_attention", "GateAttention"),
     "path-transformer": _learned("path_transformer", "PathTransformer"),
     "oracle": Oracle,
 }

@@ -74,18 +74,16 @@ class Described:
 
 
 class Ridge:
-    """See the module. `adaptive`: observed steps are learned from, `every` tokens.
+    """See the module: fitted once.
 
     Source: our own; ridge regression is Hoerl and Kennard (Technometrics 12(1), 1970), the stack Wolpert (Neural
     Networks 5(2), 1992).
     """
 
+    name = "ridge"
     needs: tuple[Need, ...] = ("tokens",)
 
-    def __init__(self, name: str = "ridge", *, adaptive: bool = False, every: int = 1024) -> None:
-        self.name = name
-        self.every = every
-        self._adaptive = adaptive
+    def __init__(self) -> None:
         self._prior = Frequency()
 
     def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
@@ -112,7 +110,6 @@ class Ridge:
         self._solve(self.statistics)
         if self._words:
             self._words.fit(table, router)
-        self._waiting: list[list[Described]] = []
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Of the layers within three of the last routed one; before any has routed, and of a queued step, what the
@@ -126,18 +123,6 @@ class Ridge:
         described += [self._described(one) for one in seen.routed[len(described) :]]
         opinions = self._opinions(self._scores(described, distance), seen.tokens, layer)
         return self.stack_LD[layer, distance].forecast(opinions, self.K)
-
-    def observe(self, seen: Seen) -> None:
-        """Where it adapts: remember the step, and solve the maps again when enough tokens have come."""
-        if not self._adaptive or self.L == 1:
-            return
-        self._waiting.append([self._described(one) for one in seen.routed])
-        if sum(len(step[0].ids) for step in self._waiting) < self.every:
-            return
-        for step in self._waiting:
-            self.statistics = self.statistics.plus(self._summed(step), FRESH)
-        self._waiting.clear()
-        self._solve(self.statistics)
 
     def cost(self) -> Cost:
         """The maps' rows of the chosen experts are added, over half of the layers on average."""
@@ -244,3 +229,26 @@ class Ridge:
                 scores = self._scores(described[: layer - distance + 1], distance)
                 found[layer, distance] = fit_stack(self._opinions(scores, tokens, layer), rest.topk_ids[:, layer])
         return found
+
+
+class OnlineRidge(Ridge):
+    """See the module: goes on learning, `every` so many observed tokens."""
+
+    name = "ridge-online"
+
+    def __init__(self, every: int = 1024) -> None:
+        super().__init__()
+        self.every = every
+        self._waiting: list[list[Described]] = []
+
+    def observe(self, seen: Seen) -> None:
+        """Remember the step, and solve the maps again when enough tokens have come."""
+        if self.L == 1:
+            return
+        self._waiting.append([self._described(one) for one in seen.routed])
+        if sum(len(step[0].ids) for step in self._waiting) < self.every:
+            return
+        for step in self._waiting:
+            self.statistics = self.statistics.plus(self._summed(step), FRESH)
+        self._waiting.clear()
+        self._solve(self.statistics)

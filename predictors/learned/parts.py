@@ -29,16 +29,20 @@ class Vocabulary(nn.Module):
         """Take the ids of the fitted requests, as many different ones as there is room for."""
         self.known_V.copy_(torch.from_numpy(np.unique(ids_T).astype(np.int64)))
 
+    def rows(self, ids_N: torch.Tensor) -> torch.Tensor:
+        """[N] the row of each id, the last one where it was not fitted."""
+        ids_N, unknown = ids_N.long(), len(self.known_V)
+        if not unknown:
+            return torch.full_like(ids_N, unknown)
+        near_N = torch.searchsorted(self.known_V, ids_N).clamp(max=unknown - 1)
+        return torch.where(self.known_V[near_N] == ids_N, near_N, unknown)
+
     def vectors(self, ids_N: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
         """[N, W]; with `noise` some ids are taken for unknown."""
-        ids_N, unknown = ids_N.long(), len(self.known_V)
-        row_N = torch.full_like(ids_N, unknown)
-        if unknown:
-            near_N = torch.searchsorted(self.known_V, ids_N).clamp(max=unknown - 1)
-            row_N = torch.where(self.known_V[near_N] == ids_N, near_N, unknown)
+        row_N = self.rows(ids_N)
         if noise is not None:
             hidden_N = torch.rand(len(ids_N), generator=noise) < HIDDEN
-            row_N = row_N.masked_fill(hidden_N.to(row_N.device), unknown)
+            row_N = row_N.masked_fill(hidden_N.to(row_N.device), len(self.known_V))
         return self.table.weight[row_N]
 
 

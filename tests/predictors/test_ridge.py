@@ -11,7 +11,7 @@ from helpers import make_table
 from moesim.predictors import RoutedLayer, RouterSpec, Seen, routed_layer
 from moesim.predictors.base import inclusion_of
 from moesim.predictors.kernels import linear
-from moesim.predictors.ridge import PENALTY, Ridge
+from moesim.predictors.ridge import PENALTY, OnlineRidge, Ridge
 from moesim.predictors.stack import LEAST, Stack, fit_stack
 from moesim.traces import InputError, split_requests, step_tokens
 
@@ -24,8 +24,8 @@ def table(top_k=2, layers=4, **changes):
     return replace(made, topk_weights=np.sort(weights, axis=2)[:, :, ::-1][:, :, :top_k].astype(np.float16))
 
 
-def fitted(rows, name="ridge", **options):
-    predictor = Ridge(name, **options)
+def fitted(rows, predictor=None):
+    predictor = predictor or Ridge()
     predictor.fit(rows, RouterSpec(num_experts=EXPERTS, top_k=rows.topk_ids.shape[2]))
     return predictor
 
@@ -98,12 +98,11 @@ def test_it_recovers_after_a_shift_and_the_other_does_not():
     shifted = table(seed=9, requests=400)
     changed = replace(shifted, topk_ids=(EXPERTS - 1 - shifted.topk_ids).astype(np.uint8), token_id=None)
     bare = replace(fit, token_id=None)
-    adapting, fixed = fitted(bare, "online", adaptive=True, every=512), fitted(bare)
+    adapting, fixed = fitted(bare, OnlineRidge(every=512)), fitted(bare)
     before = recall(adapting, changed, 2)
     for begin in range(0, 4096, 256):
         step = changed.take(slice(begin, begin + 256))
-        for predictor in (adapting, fixed):
-            predictor.observe(seen_of(step, 4))
+        adapting.observe(seen_of(step, 4))
     later = changed.take(slice(4096, None))
     assert recall(adapting, later, 2) > 0.75 > recall(fixed, later, 2) + 0.2
     assert recall(fixed, later, 2) == pytest.approx(before, abs=0.05)
