@@ -90,7 +90,7 @@ def run_study(
         tell(name, done, len(names))
         for named, label, report in _reports(study, name, folds, learning):
             kept.predictors.setdefault(named, {}).setdefault(label, []).append(report)
-        place = {named: i for i, named in enumerate(study.names)}
+        place = {named: i for i, named in enumerate(PREDICTORS)}
         kept.predictors = dict(sorted(kept.predictors.items(), key=lambda one: place.get(one[0].split(",")[0], 0)))
         kept.save()
     tell("done", len(names), len(names))

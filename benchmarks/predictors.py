@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--esft", type=Path, help="folder of the four npz files; without it those studies are left out")
     parser.add_argument("--only", choices=["mini", "esft"], help="the studies of one model")
     parser.add_argument("--studies", default="", help="names of those to run, comma-separated  [default: all]")
+    parser.add_argument("--predictors", default="", help="those to run, comma-separated  [default: all]")
     parser.add_argument("--report", action="store_true", help="write what is kept so far, run nothing")
     parser.add_argument("--quick", action="store_true", help="few steps and epochs, to see that it runs")
     parser.add_argument("--epochs", type=int, help="of the learned ones on the shipped model  [default: their own]")
@@ -75,6 +77,8 @@ def _studies(options: argparse.Namespace) -> list[Study]:
     if unknown := set(names) - {study.name for study in every}:
         raise SystemExit(f"--studies: unknown {', '.join(sorted(unknown))}; known: {', '.join(s.name for s in every)}")
     asked = [s for s in every if options.only in (None, s.source) and (not names or s.name in names)]
+    if few := {name for name in options.predictors.split(",") if name}:
+        asked = [replace(study, names=tuple(name for name in study.names if name in few)) for study in asked]
     return [quickened(study) for study in asked] if options.quick else asked
 
 

@@ -40,10 +40,10 @@ SAMPLE = 16_384
 class AttentionSettings:
     """Inner width and heads of the first block and of the later ones, rank of an expert's map, distances."""
 
-    inner: int = 64
-    heads: int = 4
-    later_inner: int = 32
-    later_heads: int = 4
+    inner: int = 128
+    heads: int = 8
+    later_inner: int = 64
+    later_heads: int = 8
     rank: int = 8
     ahead: int = 3
 
