@@ -91,8 +91,8 @@ def test_missing_shard(trace):
 
 
 def test_newer_schema(trace):
-    edit(trace, lambda m: m.update(schema_version=3))
-    assert "written by a newer moesim (schema 3, this one reads 2); upgrade moesim" in verify(trace)
+    edit(trace, lambda m: m.update(schema_version=4))
+    assert "written by a newer moesim (schema 4, this one reads 3); upgrade moesim" in verify(trace)
 
 
 @pytest.mark.parametrize(
