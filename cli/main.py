@@ -15,6 +15,7 @@ COMMANDS = {
     "trace": ("moesim.cli.trace", "trace"),
     "predict": ("moesim.cli.predict", "predict"),
     "simulate": ("moesim.cli.simulate", "simulate"),
+    "policy": ("moesim.cli.policy", "policy"),
     "explain": ("moesim.cli.explain", "explain"),
     "run-gpu": ("moesim.cli.run_gpu", "run_gpu"),
     "calibrate": ("moesim.cli.calibrate", "calibrate"),

@@ -122,6 +122,7 @@ def simulate(
         resident=resident,
         max_steps=max_steps,
         request_texts=opened.request_texts,
+        gates=opened.gates(STACK_OF_PHASE[which]),
         served=serving is not None,
     )
     inputs = Inputs(

@@ -83,7 +83,7 @@ def make_plan(policy: str, scenario: Scenario) -> Plan:
 
 
 def _resident_after(policy: str, scenario: Scenario) -> Residency:
-    driver = Driver(make_policy(policy, scenario.cluster, scenario.fit))
+    driver = Driver(make_policy(policy, scenario.cluster, scenario.fit, scenario.gates))
     steps = list(scenario.steps())
     for step in islice(cycle(steps), max(len(steps), LEAST_STEPS)):
         moves = driver.begin_step(step.tokens, queued=step.queued)

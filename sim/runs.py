@@ -104,7 +104,7 @@ def _work(name: str, files: dict[str, Path]) -> Result:
 def run_policy(name: str, inputs: Inputs, files: dict[str, Path], progress: Progress | None) -> Result:
     """Fit and simulate one policy, writing its logs to `files`. Raises as `run_policies`."""
     scenario, execution = inputs.scenario, inputs.execution
-    policy = make_policy(name, scenario.cluster, scenario.fit)
+    policy = make_policy(name, scenario.cluster, scenario.fit, scenario.gates)
     source = None
     if inputs.serving is not None:
         shared = execution.tensor_parallel

@@ -29,6 +29,7 @@ from moesim.traces import (
     split_requests,
 )
 from moesim.traces.expand import tokens_of_loads
+from moesim.traces.gates import Gates
 
 STACK_OF_PHASE = {Phase.ENCODER: "encoder", Phase.PREFILL: "decoder", Phase.DECODE: "decoder"}
 
@@ -78,6 +79,8 @@ class Scenario:
     """The others: these are executed. Of a recording of loads: tokens drawn so that the loads come out."""
     batches: tuple[Batch, ...]
     """The steps of a closed loop; none where requests come by themselves (serving.py)."""
+    gates: Gates | None = None
+    """The frozen gates of the recorded model, where they were recorded."""
     served: bool = False
     """True: `run` holds whole requests, prompts and what was generated, for an open loop."""
 
@@ -129,6 +132,7 @@ def make_scenario(
     resident: int | None = None,
     max_steps: int | None = None,
     request_texts: Sequence[str] = (),
+    gates: Gates | None = None,
     served: bool = False,
 ) -> Scenario:
     """Split the requests of `table` (the phase's stack) and batch the held-out ones; loads are split by time.
@@ -151,8 +155,8 @@ def make_scenario(
     if served:
         assert isinstance(run, TokenTable), "loads were refused"
         phase = Phase.PREFILL if phase is Phase.DECODE else phase
-        return _scenario(spec, phase, workload, fit, run, shape, ())
-    return _assemble(spec, phase, workload, max_steps, fit, run, shape)
+        return replace(_scenario(spec, phase, workload, fit, run, shape, ()), gates=gates)
+    return replace(_assemble(spec, phase, workload, max_steps, fit, run, shape), gates=gates)
 
 
 def unsplit_scenario(

@@ -255,7 +255,7 @@ def _mean(values: list[float]) -> float:
 def _homes(scenario: Scenario) -> NDArray[np.bool_]:
     """[L, E, G] where each expert lies: packed by the loads of the fitted requests."""
     c = scenario.cluster
-    placed_LGS = balanced_placement(c, total_load_LE(scenario.fit, c.experts))
+    placed_LGS = balanced_placement(c, scenario.fit)
     home_LEG = np.zeros((c.layers, c.experts, c.gpus), np.bool_)
     layer, gpu, slot = np.nonzero(placed_LGS != EMPTY)
     home_LEG[layer, placed_LGS[layer, gpu, slot], gpu] = True

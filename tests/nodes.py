@@ -74,7 +74,7 @@ class Scripted:
 def scripted(scene, moves):
     parts = Recipe(summary="", placement=contiguous_placement, predictor="frequency", rule=Scripted(moves))
     made = make_policy("predictive-batch", scene.cluster, scene.fit)
-    placed = contiguous_placement(scene.cluster, np.zeros((scene.cluster.layers, scene.cluster.experts), np.int64))
+    placed = contiguous_placement(scene.cluster, scene.fit)
     return Policy(
         name="scripted", cluster=scene.cluster, recipe=parts, predictor=made.predictor, placed_LGS=np.array(placed)
     )

@@ -37,6 +37,7 @@ class Rule(Protocol):
         """Copies to start now; they begin together."""
 
 
+@dataclass(frozen=True, slots=True)
 class Never:
     """Nothing ever moves."""
 

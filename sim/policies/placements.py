@@ -1,0 +1,51 @@
+"""Placements: where every expert lies before the first step. Shape letters: L layers, E experts, G GPUs, S slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.sim.planner import contiguous, pack
+from moesim.sim.residency import EMPTY, Cluster
+from moesim.traces import LoadTable, TokenTable, total_load_LE
+
+Placement = Callable[[Cluster, TokenTable | LoadTable], NDArray[np.int32]]
+"""(cluster, fitted requests) -> experts [L, G, layer_slots], EMPTY in the replica slots."""
+
+
+def contiguous_placement(cluster: Cluster, _fit_on: TokenTable | LoadTable) -> NDArray[np.int32]:
+    """Experts in order of their number, whatever their load."""
+    one = contiguous(cluster.experts, cluster.gpus, cluster.layer_slots)
+    return np.broadcast_to(one, (cluster.layers, *one.shape))
+
+
+def balanced_placement(cluster: Cluster, fit_on: TokenTable | LoadTable) -> NDArray[np.int32]:
+    """Experts packed by the load of the fitted requests, each once."""
+    placed = np.full((cluster.layers, cluster.gpus, cluster.layer_slots), EMPTY, np.int32)
+    for layer, load_E in enumerate(total_load_LE(fit_on, cluster.experts)):
+        placed[layer, :, : cluster.home_slots] = pack(
+            load_E.astype(float), np.arange(cluster.experts), cluster.gpus, cluster.home_slots
+        )
+    return placed
+
+
+def resident_placement(cluster: Cluster, fit_on: TokenTable | LoadTable) -> NDArray[np.int32]:
+    """On each GPU those of its experts that had the largest load, as many as there are slots."""
+    placed = np.full((cluster.layers, cluster.gpus, cluster.layer_slots), EMPTY, np.int32)
+    home_E = np.array([cluster.home_gpu(expert) for expert in range(cluster.experts)])
+    for layer, load_E in enumerate(total_load_LE(fit_on, cluster.experts)):
+        for gpu in range(cluster.gpus):
+            mine = np.flatnonzero(home_E == gpu)
+            hottest = mine[np.argsort(-load_E[mine], kind="stable")][: cluster.layer_slots]
+            placed[layer, gpu, : len(hottest)] = hottest
+    return placed
+
+
+PLACEMENTS: dict[str, Placement] = {
+    "contiguous": contiguous_placement,
+    "balanced": balanced_placement,
+    "resident": resident_placement,
+}
+"""By the name that a policy file gives them."""
