@@ -36,20 +36,12 @@ def exact_split(load_E: Ints, usable_EG: NDArray[np.bool_], slowdown_G: Floats |
     split is better: the GPUs that a chain reaches hold at least max - 1 tokens each, which can go nowhere else. Where
     GPUs differ in speed, how busy one is is its tokens times its slowdown.
     """
+    from moesim.sim.planning_kernels import exact_split as compiled  # only who splits pays for it
+
     slowdown_G = np.ones(usable_EG.shape[1]) if slowdown_G is None else slowdown_G
-    uneven = bool((slowdown_G != 1).any())
-    copies_E = usable_EG.sum(axis=1)
-    _need_a_copy(load_E, copies_E)
-    tokens_EG = np.where(usable_EG & (copies_E == 1)[:, None], load_E[:, None], 0).astype(np.int64)
-    load_G = tokens_EG.sum(axis=0)
-    least = 0 if uneven else max(int(load_G.max()), -(-int(load_E.sum()) // len(load_G)))
-    shared = np.flatnonzero((copies_E > 1) & (load_E > 0))
-    for expert in shared[np.argsort(-load_E[shared], kind="stable")]:
-        gpus = np.flatnonzero(usable_EG[expert])
-        tokens_EG[expert, gpus] = _pour(int(load_E[expert]), load_G[gpus])
-        load_G[gpus] += tokens_EG[expert, gpus]
-    while load_G.max() > least and _relieve(tokens_EG, load_G, usable_EG, shared, slowdown_G):
-        pass
+    _need_a_copy(load_E, usable_EG.sum(axis=1))
+    tokens_EG = np.zeros(usable_EG.shape, np.int64)
+    compiled(np.asarray(load_E, np.int64), usable_EG, slowdown_G, bool((slowdown_G != 1).any()), tokens_EG)
     return tokens_EG
 
 
@@ -87,57 +79,3 @@ def _need_a_copy(load_E: Ints, copies_E: NDArray[np.integer]) -> None:
     lost = np.flatnonzero((load_E > 0) & (copies_E == 0))
     if len(lost):
         raise PolicyError(f"expert {int(lost[0])} has {int(load_E[lost[0]])} tokens and no usable copy")
-
-
-def _pour(tokens: int, load_X: Ints) -> Ints:
-    """[X] whole tokens added to GPUs that hold `load_X`, lowest first, as water finds its level; ties to the lowest."""
-    order = np.argsort(load_X, kind="stable")
-    level = load_X[order]
-    below = np.arange(1, len(level) + 1)
-    # How many GPUs end under water: the last whose bottom lies under the level that the ones before it would reach.
-    wet = int(np.flatnonzero(below * level - np.cumsum(level) < tokens)[-1]) + 1
-    height, rest = divmod(tokens + int(level[:wet].sum()), wet)
-    added = np.zeros(len(level), np.int64)
-    added[order[:wet]] = height - level[:wet] + (np.arange(wet) < rest)
-    return added
-
-
-def _relieve(
-    tokens_EG: Ints, load_G: Ints, usable_EG: NDArray[np.bool_], shared: NDArray[np.intp], slowdown_G: Floats
-) -> bool:
-    """Move tokens from the busiest GPU along the shortest chain of shared experts to one that is less busy even with a
-    token more; False where there is no such chain. Changes `tokens_EG` and `load_G`."""
-    busy_G = load_G * slowdown_G
-    start = int(np.argmax(busy_G))
-    came_from: dict[int, tuple[int, int]] = {}
-    reached = [start]
-    for gpu in reached:
-        for expert in shared[tokens_EG[shared, gpu] > 0]:
-            for to in np.flatnonzero(usable_EG[expert]):
-                if to == start or int(to) in came_from:
-                    continue
-                came_from[int(to)] = (gpu, int(expert))
-                reached.append(int(to))
-                if busy_G[to] + slowdown_G[to] < busy_G[start]:
-                    level = (busy_G[start] - busy_G[to]) / (slowdown_G[start] + slowdown_G[to])
-                    _move_along(tokens_EG, load_G, came_from, (start, int(to)), max(int(level), 1))
-                    return True
-    return False
-
-
-def _move_along(
-    tokens_EG: Ints, load_G: Ints, came_from: dict[int, tuple[int, int]], ends: tuple[int, int], most: int
-) -> None:
-    start, end = ends
-    chain = []
-    gpu = end
-    while gpu != start:
-        before, expert = came_from[gpu]
-        chain.append((before, expert, gpu))
-        gpu = before
-    amount = min(most, *(int(tokens_EG[expert, a]) for a, expert, _ in chain))
-    for a, expert, b in chain:
-        tokens_EG[expert, a] -= amount
-        tokens_EG[expert, b] += amount
-    load_G[start] -= amount
-    load_G[end] += amount

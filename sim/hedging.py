@@ -8,6 +8,8 @@ on loads drawn from it. Shape letters: E experts, G GPUs, N drawn loads.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,7 @@ from moesim.sim.planner import replicas
 DRAWS = 6
 """Loads that a plan is tried on."""
 Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
 Pairs = list[tuple[int, int]]
 """(expert, GPU) that should hold a replica."""
 
@@ -32,9 +35,9 @@ def hedged_replicas(load_E: Floats, sd_E: Floats | None, home_EG: NDArray[np.boo
     sd_E = np.sqrt(load_E) if sd_E is None else sd_E
     drawn_NE = np.maximum(load_E + sd_E * _normal(len(load_E)), 0.0)
     greedy = replicas(load_E, home_EG, np.zeros_like(home_EG), room)
-    plans = [_filled(greedy, load_E, home_EG, room)]
-    load_G = load_E @ home_EG
-    plans += [_rings(ring_G, load_E, home_EG, room) for ring_G in (_alternating(load_G), _levelled(load_G))]
+    load_G, hottest_G = load_E @ home_EG, _hottest(load_E, home_EG, room)
+    rings = [_rings(ring_G, hottest_G) for ring_G in (_alternating(load_G), _levelled(load_G))]
+    plans = [_filled(greedy, rings[0], home_EG.shape[1], room), *rings]
     home_E = home_EG.argmax(axis=1)
     costs = []
     for plan in plans:
@@ -43,26 +46,26 @@ def hedged_replicas(load_E: Floats, sd_E: Floats | None, home_EG: NDArray[np.boo
     return plans[int(np.argmin(costs))]
 
 
+@cache
 def _normal(experts: int) -> Floats:
     """[N, E] the same draws every time, each with its mirror image; the first row is the forecast itself."""
     half = np.random.default_rng(0).standard_normal((DRAWS // 2, experts))
     return np.concatenate([np.zeros((1, experts)), half, -half])
 
 
-def _filled(plan: Pairs, load_E: Floats, home_EG: NDArray[np.bool_], room: int) -> Pairs:
+def _filled(plan: Pairs, ring: Pairs, gpus: int, room: int) -> Pairs:
     """The greedy plan, and in what it leaves empty the hottest experts of the ring's neighbour."""
-    rings = _rings(_alternating(load_E @ home_EG), load_E, home_EG, room)
-    used_G = np.bincount([gpu for _, gpu in plan], minlength=home_EG.shape[1])
+    used_G = np.bincount([gpu for _, gpu in plan], minlength=gpus)
     taken = {expert for expert, _ in plan}
     filled = list(plan)
-    for expert, gpu in rings:
+    for expert, gpu in ring:
         if used_G[gpu] < room and expert not in taken:
             filled.append((expert, gpu))
             used_G[gpu] += 1
     return filled
 
 
-def _alternating(load_G: Floats) -> NDArray[np.intp]:
+def _alternating(load_G: Floats) -> Ints:
     """GPUs in a ring in which busy ones stand beside idle ones."""
     order = np.argsort(-load_G, kind="stable")
     ring = np.empty_like(order)
@@ -70,7 +73,7 @@ def _alternating(load_G: Floats) -> NDArray[np.intp]:
     return ring
 
 
-def _levelled(load_G: Floats) -> NDArray[np.intp]:
+def _levelled(load_G: Floats) -> Ints:
     """GPUs in a ring along which as little as possible is to be carried on: what came so far stays near the mean."""
     excess_G = load_G - load_G.mean()
     ring = [int(np.argmax(excess_G))]
@@ -84,16 +87,20 @@ def _levelled(load_G: Floats) -> NDArray[np.intp]:
     return np.array(ring)
 
 
-def _rings(ring_G: NDArray[np.intp], load_E: Floats, home_EG: NDArray[np.bool_], room: int) -> Pairs:
-    """Each GPU's hottest expert that has no replica yet, on the next GPU; the second ring skips one, and so on."""
+def _rings(ring_G: Ints, hottest_G: list[Ints]) -> Pairs:
+    """Each GPU's hottest expert, on the next GPU; the second ring takes the second hottest and skips one, and so on."""
     gpus = len(ring_G)
-    free_E = np.ones(len(load_E), np.bool_)
-    chosen: Pairs = []
-    for ring in range(min(room, gpus - 1)):
-        for i, gpu in enumerate(ring_G):
-            worth_E = np.where(home_EG[:, gpu] & free_E, load_E, -1.0)
-            expert = int(np.argmax(worth_E))
-            if worth_E[expert] > 0:
-                chosen.append((expert, int(ring_G[(i + 1 + ring) % gpus])))
-                free_E[expert] = False
-    return chosen
+    return [
+        (int(hottest_G[gpu][ring]), int(ring_G[(i + 1 + ring) % gpus]))
+        for ring in range(min(max(map(len, hottest_G)), gpus - 1))
+        for i, gpu in enumerate(ring_G)
+        if ring < len(hottest_G[gpu])
+    ]
+
+
+def _hottest(load_E: Floats, home_EG: NDArray[np.bool_], room: int) -> list[Ints]:
+    """Per GPU its experts with a load, hottest first, at most `room` of them."""
+    order = np.argsort(-load_E, kind="stable")
+    order = order[load_E[order] > 0]
+    home_E = home_EG.argmax(axis=1)[order]
+    return [order[home_E == gpu][:room] for gpu in range(home_EG.shape[1])]

@@ -88,26 +88,11 @@ def replicas(
     no copy. Inputs: load_E expected tokens, home_EG [E, G] at most one True a row, room replicas that each GPU takes,
     slowdown_G how many times longer each GPU computes than it should.
     """
+    from moesim.sim.planning_kernels import greedy_replicas  # compiled: only who plans pays for it
+
     gpus = home_EG.shape[1]
-    share_EG = np.where(home_EG, load_E[:, None], 0.0)
-    open_EG = ~home_EG
-    room_G = np.broadcast_to(room, gpus).copy()
+    room_G = np.array(np.broadcast_to(room, gpus), np.int64)
     slowdown_G = np.ones(gpus) if slowdown_G is None else slowdown_G
-    least = 0.01 * float(load_E.sum()) / gpus
-    chosen: list[tuple[int, int]] = []
-    while room_G.any():
-        busy_G = share_EG.sum(axis=0) * slowdown_G
-        busiest = int(np.argmax(busy_G))
-        # Levelling the pair is the most that one replica can do for the busiest GPU.
-        level_G = (busy_G[busiest] - busy_G) / (slowdown_G[busiest] + slowdown_G)
-        gain_EG = np.minimum(share_EG[:, busiest, None], level_G)
-        worth_EG = np.where(open_EG & (room_G > 0), gain_EG * np.where(have_EG, 1.05, 1.0), 0.0)
-        expert, gpu = divmod(int(np.argmax(worth_EG)), gpus)
-        if worth_EG[expert, gpu] <= least:
-            break
-        share_EG[expert, busiest] -= gain_EG[expert, gpu]
-        share_EG[expert, gpu] += gain_EG[expert, gpu]
-        open_EG[expert, gpu] = False
-        room_G[gpu] -= 1
-        chosen.append((expert, gpu))
-    return chosen
+    pairs = np.empty((int(room_G.sum()), 2), np.int64)
+    chosen = greedy_replicas(load_E.astype(float), home_EG, have_EG, room_G, slowdown_G.astype(float), pairs)
+    return [(int(expert), int(gpu)) for expert, gpu in pairs[:chosen]]
