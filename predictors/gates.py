@@ -143,7 +143,8 @@ class StackedGate:
         x_NTE[0] = self.usual_LE[layer]
         for x_TE, told_TM, lift_M in zip(x_NTE[1:], opinions, self.lift_NM[layer][nearest:], strict=True):
             x_TE[:] = lift_M[-1]
-            np.put_along_axis(x_TE, told_TM.astype(np.int64), lift_M[:-1], axis=1)
+            # From the last rank to the first, which stays where an id was named twice.
+            np.put_along_axis(x_TE, told_TM[:, ::-1].astype(np.int64), lift_M[-2::-1], axis=1)
         return x_NTE
 
     def cost(self) -> Cost:
@@ -180,11 +181,13 @@ def _hits(told_TM: Ids, chosen_TK: Ids) -> NDArray[np.int64]:
 
 def _lift(told_TM: Ids, chosen_TK: Ids, num_experts: int) -> Floats:
     """[M + 1] log of P(chosen | rank) / P(chosen), the last for experts beyond rank M; one choice at the mean chance is
-    added to each."""
-    (T, M), K = told_TM.shape, chosen_TK.shape[1]
-    hits_M = _hits(told_TM, chosen_TK)
+    added to each. An id that was named twice counts in its first rank."""
+    T, K = chosen_TK.shape
+    again_TM = np.tril(told_TM[:, :, None] == told_TM[:, None, :], -1).any(axis=2)
+    hits_M = _hits(np.where(again_TM, -1, told_TM.astype(np.int64)), chosen_TK)
+    asked_M = T - again_TM.sum(axis=0)
     chosen = np.append(hits_M, T * K - hits_M.sum())
-    asked = np.append(np.full(M, T), T * (num_experts - M))
+    asked = np.append(asked_M, T * num_experts - asked_M.sum())
     return np.asarray(np.log((chosen + 1) / (asked * K / num_experts + 1)))
 
 

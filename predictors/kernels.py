@@ -1,79 +1,162 @@
 """What the ridge does for every token, compiled by numba; imported where it is needed only.
 
-One thread: a decision is over before a second one is awake on a busy machine. Shape letters: T tokens, E experts, K
-experts per token, P routed layers, C numbers that describe a chosen expert.
+One thread: a decision is over before a second one is awake on a busy machine. All are written so that LLVM finds
+vectors: without Python's errors of division, and with the number of experts known where rows are added up. Shape
+letters: J opinions, T tokens, E experts, K experts per token, C numbers that describe a chosen expert, X numbers that
+describe a layer.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import njit
 
+ONE, HALF = np.float32(1), np.float32(0.5)
 
-@njit(cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
-def linear(ids_TK: Any, values_TKC: Any, own_T: Any, map_XE: Any, score_TE: Any) -> None:
-    """score[t] += sum over experts and numbers of values[t, k, c] * map[C * ids[t, k] + c], and own[t] * map[C * E]
-    where the layer has a number of its own (map has C * E + 1 rows then)."""
-    T, K = ids_TK.shape
-    C, E = values_TKC.shape[2], score_TE.shape[1]
-    own = map_XE.shape[0] > C * E
-    for t in range(T):
-        row_E = score_TE[t]
-        for k in range(K):
-            first = C * ids_TK[t, k]
-            if C == 3:  # the usual case, three rows at a time
+
+@cache
+def linear(experts: int, numbers: int) -> Any:
+    """The sum for E = `experts` and C = `numbers`. Both are compiled in: rows of a length known only when it runs would
+    be compared for overlap and cut into vectors again for every expert, which takes as long as adding them."""
+    E, C = experts, numbers
+
+    @njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def add(ids_TK: Any, values_TKC: Any, own_T: Any, map_XE: Any, score_TE: Any) -> None:
+        """score[t] += sum over experts and numbers of values[t, k, c] * map[C * ids[t, k] + c], and own[t] * map[C * E]
+        where the layer has a number of its own (map has C * E + 1 rows then)."""
+        T, K = ids_TK.shape
+        flat, own = map_XE.reshape(map_XE.size), map_XE.shape[0] > C * E
+        for t in range(T):
+            row_E = score_TE[t]
+            paired = K - K % 2 if C == 3 else 0
+            for k in range(0, paired, 2):  # the usual case, six rows at a time
+                i, j = flat[C * E * np.int64(ids_TK[t, k]) :], flat[C * E * np.int64(ids_TK[t, k + 1]) :]
                 a, b, c = values_TKC[t, k, 0], values_TKC[t, k, 1], values_TKC[t, k, 2]
+                x, y, z = values_TKC[t, k + 1, 0], values_TKC[t, k + 1, 1], values_TKC[t, k + 1, 2]
                 for e in range(E):
-                    row_E[e] += a * map_XE[first, e] + b * map_XE[first + 1, e] + c * map_XE[first + 2, e]
-            else:
-                for i in range(C):
+                    row_E[e] += a * i[e] + b * i[e + E] + c * i[e + 2 * E] + x * j[e] + y * j[e + E] + z * j[e + 2 * E]
+            for k in range(paired, K):
+                for n in range(C):
+                    i, a = flat[E * (C * np.int64(ids_TK[t, k]) + n) :], values_TKC[t, k, n]
                     for e in range(E):
-                        row_E[e] += values_TKC[t, k, i] * map_XE[first + i, e]
-        if own:
+                        row_E[e] += a * i[e]
+            if own:
+                i, a = flat[C * E * E :], own_T[t]
+                for e in range(E):
+                    row_E[e] += a * i[e]
+
+    return add
+
+
+@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def described(weight_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
+    """What gate weights say: of each chosen expert 1, the logarithm of its weight, and that over the weight of an
+    average one of the `others`, which were not chosen; of the token how much these have. Each shifted to be near 0."""
+    for t in range(len(weight_TK)):
+        rest = ONE
+        for weight in weight_TK[t]:
+            rest -= max(weight, np.float32(1e-4))
+        rest = _log(max(rest, np.float32(1e-3)) / others)
+        for k in range(weight_TK.shape[1]):
+            log = _log(max(weight_TK[t, k], np.float32(1e-4)))
+            values_TKC[t, k, 0] = ONE
+            values_TKC[t, k, 1] = log + np.float32(3)
+            values_TKC[t, k, 2] = np.float32(0.7) * (log - rest - np.float32(1.5))
+        own_T[t] = np.float32(2) * (rest + np.float32(5))
+
+
+@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def weighed(
+    opinion_JTE: Any, weight_J: Any, bias: Any, least: Any, inclusion_TE: Any, top_TK: Any, load_E: Any
+) -> None:
+    """Probabilities from the weighed log odds of the opinions, kept `least` from 0 and 1; each row scaled to sum to K
+    with none above 1. And the row's likeliest experts, highest first; and `load_E`, to which the rows are added."""
+    J, T, E = opinion_JTE.shape
+    for t in range(T):
+        row_E = inclusion_TE[t]
+        for e in range(E):
+            row_E[e] = -bias
+        for j in range(J):
+            told_E, weight = opinion_JTE[j, t], weight_J[j]
             for e in range(E):
-                row_E[e] += own_T[t] * map_XE[C * E, e]
+                p = min(max(told_E[e], least), ONE - least)
+                row_E[e] -= weight * _log(p / (ONE - p))
+        for e in range(E):
+            row_E[e] = ONE / (ONE + _exp(row_E[e]))
+        _scale(row_E, top_TK.shape[1])
+        _likeliest(row_E, top_TK[t])
+        for e in range(E):
+            load_E[e] += row_E[e]
 
 
-@njit(cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
-def included(p_TE: Any, top_TK: Any) -> None:
-    """Scale each row to sum to K with none above 1, in place; and its likeliest experts, highest first."""
-    for t in range(len(p_TE)):
-        _scale(p_TE[t], top_TK.shape[1])
-        _likeliest(p_TE[t], top_TK[t])
+@njit(fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+def _log(x: Any) -> Any:
+    """Natural logarithm of a positive, normal float32: Cephes' logf, as numba's own cannot be made vectors of."""
+    bits = np.float32(x).view(np.int32)
+    power = np.float32((bits >> np.int32(23)) - np.int32(126))
+    part = np.int32((bits & np.int32(0x007FFFFF)) | np.int32(0x3F000000)).view(np.float32)
+    low = part < np.float32(0.70710678)
+    power -= ONE if low else np.float32(0)
+    m = (part + part if low else part) - ONE
+    y = np.float32(7.0376836292e-2)
+    y = y * m - np.float32(1.1514610310e-1)
+    y = y * m + np.float32(1.1676998740e-1)
+    y = y * m - np.float32(1.2420140846e-1)
+    y = y * m + np.float32(1.4249322787e-1)
+    y = y * m - np.float32(1.6668057665e-1)
+    y = y * m + np.float32(2.0000714765e-1)
+    y = y * m - np.float32(2.4999993993e-1)
+    y = y * m + np.float32(3.3333331174e-1)
+    return m + (y * m * m * m - HALF * m * m + power * np.float32(0.6931471806))
 
 
-@njit(cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+def _exp(x: Any) -> Any:
+    """Exponential of a float32, which is kept within +-87: Cephes' expf, for the same reason."""
+    x = min(max(x, np.float32(-87)), np.float32(87))
+    power = np.floor(x * np.float32(1.44269504) + HALF)
+    m = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4)
+    y = y * m + np.float32(1.3981999507e-3)
+    y = y * m + np.float32(8.3334519073e-3)
+    y = y * m + np.float32(4.1665795894e-2)
+    y = y * m + np.float32(1.6666665459e-1)
+    y = y * m + np.float32(5.0000001201e-1)
+    scale = np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (y * m * m + m + ONE) * scale
+
+
+@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _scale(row_E: Any, top: int) -> None:
     """Those that reach 1 stay there, the others share what is left; again until no other one reaches it."""
-    full = 0
-    for _ in range(top + 1):
-        free = np.float32(0)
-        for value in row_E:
-            free += value if value < 1 else np.float32(0)
-        scale = np.float32(top - full) / max(free, np.float32(1e-30))
-        over = 0
-        for e in range(len(row_E)):
-            value = row_E[e]
-            value = min(value * scale if value < 1 else value, np.float32(1))
-            over += value >= 1
-            row_E[e] = value
-        if over == full:
-            break
-        full = over
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _likeliest(row_E: Any, top_K: Any) -> None:
-    """Insertion into a short sorted list; ties stay with the lower id."""
-    K, filled = len(top_K), 0
+    full, scale = np.float32(-1), np.float32(0)
+    over, free = np.float32(0), np.float32(0)
     for e in range(len(row_E)):
-        if filled == K and row_E[e] <= row_E[top_K[K - 1]]:
-            continue
-        at = min(filled, K - 1)
-        while at > 0 and row_E[top_K[at - 1]] < row_E[e]:
-            top_K[at] = top_K[at - 1]
-            at -= 1
-        top_K[at] = e
-        filled = min(filled + 1, K)
+        free += row_E[e]
+    while over > full:
+        full = over
+        scale = max(scale, (np.float32(top) - full) / max(free, np.float32(1e-30)))
+        over, free = np.float32(0), np.float32(0)
+        for e in range(len(row_E)):
+            below = np.float32(row_E[e] * scale < ONE)
+            over += ONE - below
+            free += row_E[e] * below
+    for e in range(len(row_E)):
+        row_E[e] = min(row_E[e] * scale, ONE)
+
+
+@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _likeliest(row_E: Any, top_K: Any) -> None:
+    """The highest below the last one, again and again; ties to the lower id. Compared are whole numbers, the bits of
+    the probability before those of the id: these rank like positive floats, and their maximum is found in vectors."""
+    E, last = len(row_E), np.int64(1) << 62
+    for k in range(len(top_K)):
+        best = np.int64(0)
+        for e in range(E):
+            both = (np.int64(np.float32(row_E[e]).view(np.int32)) << 32) | (E - 1 - e)
+            best = max(best, both if both < last else np.int64(0))
+        top_K[k] = E - 1 - (best & 0xFFFFFFFF)
+        last = best

@@ -146,11 +146,12 @@ class Ridge:
             return Described(ids=ids, values_TKC=ones, own_T=np.zeros(len(ids), np.float32))
         if routed.weights is None:
             raise InputError(f"predictor {self.name!r} was fitted with gate weights, and here there are none")
-        w_TK = np.maximum(routed.weights.astype(np.float32), 1e-4)
-        rest_T = np.log(np.clip(1 - w_TK.sum(axis=1), 1e-3, 1) / max(self.E - self.K, 1))
-        log_TK = np.log(w_TK)
-        values = np.stack([np.ones_like(log_TK), log_TK + 3, 0.7 * (log_TK - rest_T[:, None] - 1.5)], axis=2)
-        return Described(ids=ids, values_TKC=values, own_T=2 * (rest_T + 5))
+        from moesim.predictors.kernels import described
+
+        w_TK = np.ascontiguousarray(routed.weights, np.float32)
+        values_TKC, own_T = np.empty((*w_TK.shape, 3), np.float32), np.empty(len(w_TK), np.float32)
+        described(w_TK, np.float32(max(self.E - self.K, 1)), values_TKC, own_T)
+        return Described(ids=ids, values_TKC=values_TKC, own_T=own_T)
 
     def _dense(self, one: Described) -> Half:
         """[T, F] the layer's description, zeros written out."""
@@ -206,19 +207,18 @@ class Ridge:
         """[T, E] the linear forecast: about the probability that the expert is chosen."""
         from moesim.predictors.kernels import linear  # compiled: only who forecasts pays for it
 
-        last = len(described) - 1
+        last, add = len(described) - 1, linear(self.E, described[0].values_TKC.shape[2])
         score_TE = np.repeat(self.means[last][distance - 1][None], len(described[0].ids), axis=0)
         for one, map_XE in zip(described, self.maps[last][distance - 1], strict=True):
-            linear(one.ids, one.values_TKC, one.own_T, map_XE, score_TE)
+            add(one.ids, one.values_TKC, one.own_T, map_XE, score_TE)
         return score_TE
 
     def _opinions(self, score_TE: Half, tokens: StepTokens, layer: int) -> Opinions:
-        found = [score_TE]
-        if self._words:
-            told = self._words.forecast(Seen(step=0, tokens=tokens), layer).inclusion
-            assert told is not None, "the token table speaks of every token"
-            found.append(told.astype(np.float32))
-        return np.stack(found)
+        if not self._words:
+            return score_TE[None]
+        told = self._words.forecast(Seen(step=0, tokens=tokens), layer).inclusion
+        assert told is not None, "the token table speaks of every token"
+        return np.stack([score_TE, told.astype(np.float32)])
 
     def _fitted_stacks(self, rest: TokenTable) -> dict[tuple[int, int], Stack]:
         tokens = step_tokens(rest, np.arange(len(rest)))
@@ -227,7 +227,9 @@ class Ridge:
         for layer in range(1, self.L):
             for distance in range(1, min(DISTANCES, layer) + 1):
                 scores = self._scores(described[: layer - distance + 1], distance)
-                found[layer, distance] = fit_stack(self._opinions(scores, tokens, layer), rest.topk_ids[:, layer])
+                opinions = self._opinions(scores, tokens, layer)
+                found[layer, distance] = fit_stack(opinions, rest.topk_ids[:, layer])
+                found[layer, distance].forecast(opinions, self.K)  # no forecast of a step waits for the compiler
         return found
 
 

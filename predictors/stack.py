@@ -27,16 +27,12 @@ class Stack:
 
     def forecast(self, opinion_JTE: Opinions, top_k: int) -> Forecast:
         """Inclusion probabilities scaled to rows that sum to K, none above 1."""
-        from moesim.predictors.kernels import included  # compiled: only who forecasts pays for it
+        from moesim.predictors.kernels import weighed  # compiled: only who forecasts pays for it
 
-        odds_TE = np.full(opinion_JTE.shape[1:], np.float32(self.bias))
-        for weight, p_TE in zip(self.weight_J, opinion_JTE, strict=True):
-            inside_TE = np.clip(p_TE, np.float32(LEAST), np.float32(1 - LEAST))
-            odds_TE += weight * np.log(inside_TE / (1 - inside_TE))
-        inclusion_TE = 1 / (1 + np.exp(-odds_TE))
-        topk = np.empty((len(inclusion_TE), top_k), np.int64)
-        included(inclusion_TE, topk)
-        load_E = inclusion_TE.sum(axis=0, dtype=np.float64)
+        _, T, E = opinion_JTE.shape
+        inclusion_TE, topk, load_E = np.empty((T, E), np.float32), np.empty((T, top_k), np.int64), np.zeros(E)
+        bias, least = np.float32(self.bias), np.float32(LEAST)
+        weighed(opinion_JTE, self.weight_J, bias, least, inclusion_TE, topk, load_E)
         return Forecast(load=load_E, topk=topk, inclusion=inclusion_TE)
 
 

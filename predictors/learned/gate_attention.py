@@ -34,6 +34,8 @@ from moesim.traces import Phase, TokenTable, request_lengths
 BUCKETS, FARTHEST = 32, 128
 SAMPLE = 16_384
 """Tokens from which scales are taken."""
+SOFTNESS = 0.1
+"""Of the experts that are taken to act in between, in scales of the logits; at 1 nearly all would act alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +192,7 @@ class AttentionNet(GateNet):
         for step, block in enumerate(own.blocks):
             target = source + 1 + step
             if step:
-                soft_NE = (logits_NE / self.logit_scale_L[target - 1]).softmax(dim=1)
+                soft_NE = (logits_NE / (SOFTNESS * self.logit_scale_L[target - 1])).softmax(dim=1)
                 u_ND = u_ND + soft_NE @ own.soft_DE[step - 1].T
             u_ND = block(u_ND, batch, mask_BSS)
             x_ND = functional.rms_norm(u_ND, u_ND.shape[1:]) * own.out_HD[step]
@@ -202,6 +204,7 @@ class GateAttention(AskedEarly[AttentionSettings]):
     """See the module. View v looks v + 1 layers ahead; farther than `ahead` the frequency answers."""
 
     name = "gate-attention"
+    version = 2
     defaults = AttentionSettings()
     budget = Budget(layer_tokens=5_000_000, learning_rate=3e-3, batch_tokens=1024)
 

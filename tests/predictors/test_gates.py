@@ -63,6 +63,20 @@ def test_what_a_rank_is_worth_by_hand():
     assert [len(lift) for lift in predictor.lift_NM] == [0, 1, 2]
 
 
+def test_an_id_named_again_counts_where_it_was_named_first():
+    table = by_hand()
+    ahead = np.zeros((4, 3, 2, 3), np.uint8)
+    ahead[:, :, :, :2] = table.lookahead_ids
+    ahead[:, :, :, 2] = ahead[:, :, :, 0]
+    plain = fitted(StackedGate(), table)
+    twice = fitted(StackedGate(), repeated := replace(table, lookahead_ids=ahead))
+    for lift_NM, expected_NM in zip(twice.lift_NM[1:], plain.lift_NM[1:], strict=True):
+        assert lift_NM[:, [0, 1, 3]] == pytest.approx(expected_NM)
+        assert (lift_NM[:, 2] == 0).all(), "nobody was asked in the third rank"
+    expected = plain.forecast(seen_of(table, 2), 2)
+    assert twice.forecast(seen_of(repeated, 2), 2).inclusion == pytest.approx(expected.inclusion, abs=1e-6)
+
+
 def opinions(right, tokens=4000, copies=False):
     """Two opinions about layer 2 that name the true expert first with the given chance, else any; or one, twice."""
     rng = np.random.default_rng(0)

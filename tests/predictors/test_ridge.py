@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers import make_table
 from moesim.predictors import RoutedLayer, RouterSpec, Seen, routed_layer
 from moesim.predictors.base import inclusion_of
-from moesim.predictors.kernels import linear
+from moesim.predictors.kernels import described, linear
 from moesim.predictors.ridge import PENALTY, OnlineRidge, Ridge
 from moesim.predictors.stack import LEAST, Stack, fit_stack
 from moesim.traces import InputError, split_requests, step_tokens
@@ -128,21 +128,54 @@ def test_one_layer_and_one_request_are_enough():
     assert told.load.sum() == pytest.approx(2 * len(rows))
 
 
-@given(st.integers(0, 1000), st.integers(1, 3), st.sampled_from([1, 3]), st.booleans())
-@settings(max_examples=15, deadline=None)
-def test_the_compiled_sum_is_that_of_numpy(seed, top_k, numbers, own):
+def test_a_token_is_forecast_the_same_in_any_company():
+    fit, run = split_requests(table(top_k=3))
+    predictor = fitted(fit)
+    together = predictor.forecast(seen_of(run, 2), 2)
+    for rows in (slice(0, 1), slice(3, 70)):
+        apart = predictor.forecast(seen_of(run.take(rows), 2), 2)
+        assert np.array_equal(apart.inclusion, together.inclusion[rows])
+        assert np.array_equal(apart.topk, together.topk[rows])
+
+
+@given(st.integers(0, 1000), st.integers(1, 5), st.sampled_from([1, 3]), st.booleans(), st.sampled_from([5, 8, 64]))
+@settings(max_examples=25, deadline=None)
+def test_the_compiled_sum_is_that_of_numpy(seed, top_k, numbers, own, experts):
     rng = np.random.default_rng(seed)
     T = 5
-    ids = rng.integers(0, EXPERTS, (T, top_k)).astype(np.uint8)
+    ids = rng.integers(0, experts, (T, top_k)).astype(np.uint8)
     values, owns = rng.normal(size=(T, top_k, numbers)).astype(np.float32), rng.normal(size=T).astype(np.float32)
-    rows = rng.normal(size=(numbers * EXPERTS + own, EXPERTS)).astype(np.float32)
-    score = rng.normal(size=(T, EXPERTS)).astype(np.float32)
+    rows = rng.normal(size=(numbers * experts + own, experts)).astype(np.float32)
+    score = rng.normal(size=(T, experts)).astype(np.float32)
     expected = score.astype(np.float64) + (owns[:, None] * rows[-1] if own else 0)
     for k in range(top_k):
         for c in range(numbers):
             expected += values[:, k, c, None] * rows[numbers * ids[:, k].astype(int) + c]
-    linear(ids, values, owns, rows, score)
+    linear(experts, numbers)(ids, values, owns, rows, score)
     assert score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("experts", [8, 60])
+def test_gate_weights_are_described_as_by_numpy(experts):
+    w = np.array([[0.9, 0.05, 0.01], [1, 0, 0], [0.4, 0.3, 0.2]], np.float32)
+    told, own = np.empty((3, 3, 3), np.float32), np.empty(3, np.float32)
+    described(w, np.float32(experts - 3), told, own)
+    log = np.log(np.maximum(w.astype(np.float64), 1e-4))
+    rest = np.log(np.clip(1 - np.maximum(w, 1e-4).astype(np.float64).sum(axis=1), 1e-3, 1) / (experts - 3))
+    expected = np.stack([np.ones_like(log), log + 3, 0.7 * (log - rest[:, None] - 1.5)], axis=2)
+    assert told == pytest.approx(expected, abs=1e-4)
+    assert own == pytest.approx(2 * (rest + 5), abs=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.2, 1, 5])
+@pytest.mark.parametrize("bias", [-3, 0, 20])
+def test_logarithm_and_exponential_are_those_of_numpy(weight, bias):
+    told = np.linspace(-0.1, 1.1, 4096, dtype=np.float32).reshape(1, 64, 64)
+    stack = Stack(weight_J=np.array([weight], np.float32), bias=bias)
+    p = np.clip(told[0].astype(np.float64), LEAST, 1 - LEAST)
+    expected = 1 / (1 + np.exp(-weight * np.log(p / (1 - p)) - bias))
+    # Scaled to a sum of 1: no row has a probability that would be cut.
+    assert stack.forecast(told, 1).inclusion == pytest.approx(expected / expected.sum(axis=1, keepdims=True), rel=1e-5)
 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 2))
