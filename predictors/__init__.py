@@ -1,6 +1,7 @@
 """What the router will do: predictors and the one place where they are registered."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 
 from moesim.predictors.base import (
@@ -32,14 +33,18 @@ from moesim.predictors.paths import Paths
 from moesim.predictors.ridge import OnlineRidge, Ridge
 
 
-def _learned(module: str, name: str) -> Callable[[], Predictor]:
-    """The class `name` of a module of `learned`, which imports torch, imported when one is made."""
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Makes the predictor `name` of a module of `learned`, which imports torch, imported when one is made; fitting it
+    takes minutes on large recordings."""
 
-    def make() -> Predictor:
-        predictor: Predictor = getattr(import_module(f"moesim.predictors.learned.{module}"), name)()
+    module: str
+    name: str
+
+    def __call__(self) -> Predictor:
+        """An unfitted one."""
+        predictor: Predictor = getattr(import_module(f"moesim.predictors.learned.{self.module}"), self.name)()
         return predictor
-
-    return make
 
 
 PREDICTORS: dict[str, Callable[[], Predictor]] = {
@@ -61,14 +66,15 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "mixture": Mixture,
     "ridge": Ridge,
     "ridge-online": OnlineRidge,
-    "sida": _learned("sida", "Sida"),
-    "predictive-replication": _learned("replication", "Replication"),
-    "gru": _learned("gru", "Gru"),
-    "gate": _learned("gate_mlp", "Gate"),
-    "gate-mlp": _learned("gate_mlp", "GateMlp"),
-    "gate-mlp-online": _learned("gate_mlp", "GateMlpOnline"),
-    "gate-attention": _learned("gate_attention", "GateAttention"),
-    "path-transformer": _learned("path_transformer", "PathTransformer"),
+    "sida": Learned("sida", "Sida"),
+    "predictive-replication": Learned("replication", "Replication"),
+    "gru": Learned("gru", "Gru"),
+    "gate": Learned("gate_mlp", "Gate"),
+    "gate-mlp": Learned("gate_mlp", "GateMlp"),
+    "gate-mlp-online": Learned("gate_mlp", "GateMlpOnline"),
+    "gate-attention": Learned("gate_attention", "GateAttention"),
+    "routing-net": Learned("routing_net", "RoutingPredictor"),
+    "path-transformer": Learned("path_transformer", "PathTransformer"),
     "oracle": Oracle,
 }
 
@@ -79,6 +85,7 @@ __all__ = [
     "Forecast",
     "Frequency",
     "Ids",
+    "Learned",
     "Markov",
     "Need",
     "Oracle",
