@@ -12,6 +12,7 @@ from rich.table import Table
 from moesim.cli.report import window
 from moesim.sim.comparison import Comparison, Row
 from moesim.sim.comparison import compare as compare_results
+from moesim.sim.quality import how_to_measure, is_lossy, load_qualities, quality_of
 from moesim.sim.results import PHASES, load_results
 
 
@@ -19,19 +20,30 @@ from moesim.sim.results import PHASES, load_results
 @click.argument("simulated", type=click.Path(path_type=Path))
 @click.argument("measured", type=click.Path(path_type=Path))
 @click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
+@click.option("--quality", type=click.Path(path_type=Path), help="A file of moesim quality, for lossy policies.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the comparison as JSON to this file.")
-def compare(simulated: Path, measured: Path, baseline: str, as_json: bool, out: Path | None) -> None:
+def compare(
+    simulated: Path, measured: Path, baseline: str, quality: Path | None, as_json: bool, out: Path | None
+) -> None:
     """Print simulated and measured speedup over the same baseline, phase by phase, with the error.
 
-    SIMULATED and MEASURED are files that `moesim simulate --out` and `moesim run-gpu --out` wrote.
+    SIMULATED and MEASURED are files that `moesim simulate --out` and `moesim run-gpu --out` wrote. Policies whose
+    results are not the model's are left out unless --quality says what they cost.
 
     \b
     moesim simulate mini.moetrace --policy predictive-batch --profile here.json --gpus 2 --out simulated.json
     moesim run-gpu models/switch-mini --trace mini.moetrace --policy predictive-batch --ranks 2 --out measured.json
     moesim compare simulated.json measured.json
     """
-    comparison = compare_results(load_results(simulated), load_results(measured), baseline)
+    qualities = load_qualities(quality) if quality else []
+    results = load_results(simulated)
+    unknown = [result for result in results if is_lossy(result) and quality_of(result, qualities) is None]
+    if message := how_to_measure(unknown, qualities):
+        click.echo(f"left out: {', '.join(result.policy for result in unknown)}. {message}", err=True)
+    comparison = compare_results(
+        [result for result in results if result not in unknown], load_results(measured), baseline
+    )
     text = json.dumps(comparison.to_dict(), indent=1)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +52,9 @@ def compare(simulated: Path, measured: Path, baseline: str, as_json: bool, out: 
         click.echo(text)
     else:
         print_comparison(comparison)
+        for result in results:
+            if is_lossy(result) and (found := quality_of(result, qualities)):
+                click.echo(f"{result.policy}: {found.text()}")
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

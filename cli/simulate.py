@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -17,17 +18,20 @@ from rich.progress import Progress
 from moesim.cli.options import execution_options, fault_option, serving_options, workload_options
 from moesim.cli.picture import load_over_time
 from moesim.cli.report import print_results, results_json
+from moesim.predictors import RouterSpec
+from moesim.sim.eviction import ORACLES
 from moesim.sim.execution import Execution
 from moesim.sim.faults import Fault
 from moesim.sim.log import read_log
-from moesim.sim.policies import POLICIES, needs_tokens, offloading, recipe
+from moesim.sim.policies import POLICIES, is_trained, offloading, recipe, unfit
 from moesim.sim.profile import load_profile, shipped_profiles
+from moesim.sim.quality import load_qualities
 from moesim.sim.results import Result, save_results
 from moesim.sim.runs import Inputs, run_policies
 from moesim.sim.scenario import STACK_OF_PHASE, make_scenario
 from moesim.sim.serving import Serving
 from moesim.sim.timeline import timeline as make_timeline
-from moesim.traces import InputError, ModelSpec, Phase, Workload
+from moesim.traces import InputError, LoadTable, ModelSpec, Phase, TokenTable, Workload
 from moesim.traces.errors import MoesimError
 from moesim.traces.spec import PUBLISHED
 
@@ -58,6 +62,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @execution_options
 @serving_options
 @fault_option
+@click.option("--quality", type=file_option, help="A file of moesim quality: lossy policies get speedups beside it.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Policies at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
 @click.option("--out", type=file_option, help="Write the results here, for moesim compare; kept on Ctrl-C.")
@@ -80,6 +85,7 @@ def simulate(
     execution: Execution,
     serving: Serving | None,
     faults: tuple[Fault, ...],
+    quality: Path | None,
     workers: int,
     as_json: bool,
     out: Path | None,
@@ -97,36 +103,41 @@ def simulate(
     moesim simulate mini.moetrace --policy all --profile 8xA100-NVLink --gpus 4 --shapes switch-base --dtype bfloat16
     moesim simulate mini.moetrace --policy eplb --profile 8xH100-NVLink --arrivals poisson:500 --ttft-ms 200
     moesim simulate mini.moetrace --policy all --profile 1xRTX4090-PCIe --resident 8 --phase decode --batch-tokens 4
+    moesim simulate mini.moetrace --policy fate --profile 1xRTX4090-PCIe --resident 8 --quality quality.json
     moesim simulate mini.moetrace --policy all --profile here.json --gpus 2 --out simulated.json
     """
     baseline = baseline or ("contiguous" if resident is None else "on-demand")
+    qualities = load_qualities(quality) if quality else []
     names = policy_names(policy, baseline, offload=resident is not None)
     hardware = load_profile(profile)
     gpus = hardware.gpus if gpus is None else gpus
     hardware.check_gpus(gpus)
     opened = _open(trace)
-    if policy.strip() == "all" and opened.kind == "loads":
-        names = _content_with_loads(names)
     spec = opened.spec.with_widths(shapes) if shapes else opened.spec
     spec.sized()
     which = Phase[phase.upper()] if phase else default_phase(spec)
+    rows, gates = opened.rows(STACK_OF_PHASE[which]), opened.gates(STACK_OF_PHASE[which])
+    if policy.strip() == "all":
+        router = RouterSpec(num_experts=spec.num_experts, top_k=spec.top_k, gates=gates)
+        names = _able(names, rows, router, served=serving is not None)
     if serving and max_steps:
         raise InputError("--max-steps and --arrivals exclude each other: an open loop ends with its --requests")
     scenario = make_scenario(
         spec,
-        opened.rows(STACK_OF_PHASE[which]),
+        rows,
         phase=which,
         gpus=gpus,
         workload=workload,
         extra_slots=extra_slots,
         resident=resident,
+        node_size=hardware.node_size,
         max_steps=max_steps,
         request_texts=opened.request_texts,
-        gates=opened.gates(STACK_OF_PHASE[which]),
+        gates=gates,
         served=serving is not None,
     )
     inputs = Inputs(
-        scenario=scenario,
+        scenario=replace(scenario, model_digest=opened.model_digest),
         profile=hardware,
         execution=execution,
         serving=serving,
@@ -146,9 +157,9 @@ def simulate(
     if picture:
         load_over_time(results, picture, "Tokens on each GPU, layer after layer")
     if as_json:
-        click.echo(json.dumps(results_json(results, baseline), indent=1))
+        click.echo(json.dumps(results_json(results, baseline, qualities), indent=1))
     else:
-        print_results(results, baseline)
+        print_results(results, baseline, qualities=qualities)
 
 
 def _run_all(names: list[str], inputs: Inputs, logs: dict[str, Path], workers: int, out: Path | None) -> list[Result]:
@@ -203,11 +214,24 @@ def policy_names(policy: str, baseline: str, offload: bool = False) -> list[str]
     return names
 
 
-def _content_with_loads(names: list[str]) -> list[str]:
-    """Those of `names` that need no tokens; says which were left out."""
-    left_out = [name for name in names if needs_tokens(name)]
-    click.echo(f"left out, as the trace holds loads and no tokens: {', '.join(left_out)}", err=True)
-    return [name for name in names if name not in left_out]
+def _able(names: list[str], rows: TokenTable | LoadTable, router: RouterSpec, served: bool) -> list[str]:
+    """Of all policies those that are fitted quickly and on this recording, each once; says which were left out. The
+    baseline, which comes first, was asked for and stays."""
+    reasons: dict[str, list[str]] = {}
+    for name in names[1:]:
+        twin = next((other for other in names[: names.index(name)] if recipe(other) is recipe(name)), None)
+        why = f"is the same as {twin}" if twin else None
+        if why is None and is_trained(name):
+            why = "trains a net first, so it is run where it is named"
+        if why is None and served and recipe(name).eviction in ORACLES:
+            why = "is shown the future, which an open loop does not have yet"
+        why = why or unfit(name, rows, router)
+        if why is not None:
+            reasons.setdefault(why, []).append(name)
+    if reasons:
+        click.echo("left out: " + "; ".join(f"{', '.join(some)} ({why})" for why, some in reasons.items()), err=True)
+    gone = {name for some in reasons.values() for name in some}
+    return [name for name in names if name not in gone]
 
 
 def default_phase(spec: ModelSpec) -> Phase:

@@ -21,26 +21,26 @@ class Wires:
     """Lets copies and all-to-alls take their time, longer where they meet."""
 
     def __init__(self, env: simpy.Environment, contention: Contention) -> None:
-        self._env, self._contention = env, contention
+        self._env, self.contention = env, contention
         self._copies = self._exchanges = 0
         self._changed = env.event()
 
     def copy(self, seconds: float) -> Steps:
         """A copy that takes `seconds` alone."""
-        if self._contention == "none":
+        if self.contention == "none":
             yield self._env.timeout(seconds)
             return
         self._change(copies=1)
-        yield from self._work(seconds, lambda: 1.0 if not self._exchanges else 0.5 * (self._contention == "share"))
+        yield from self._work(seconds, lambda: 1.0 if not self._exchanges else 0.5 * (self.contention == "share"))
         self._change(copies=-1)
 
     def exchange(self, seconds: float) -> Steps:
         """An all-to-all that takes `seconds` alone."""
-        if self._contention == "none":
+        if self.contention == "none":
             yield self._env.timeout(seconds)
             return
         self._change(exchanges=1)
-        yield from self._work(seconds, lambda: 0.5 if self._copies and self._contention == "share" else 1.0)
+        yield from self._work(seconds, lambda: 0.5 if self._copies and self.contention == "share" else 1.0)
         self._change(exchanges=-1)
 
     def _work(self, seconds: float, speed: Callable[[], float]) -> Steps:

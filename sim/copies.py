@@ -16,7 +16,8 @@ from moesim.sim.residency import EMPTY, HOST, Transfer
 from moesim.sim.station import Station
 
 DEMAND, PREFETCH = 0, 1
-"""Priorities on a link; equal ones in order of arrival. What a link has begun to carry is not interrupted."""
+"""Priorities on a link, of prefetches the highest and then by when they are due; equal ones in order of arrival. What
+a link has begun to carry is not interrupted; a prefetch that waits for a link is demand once somebody waits for it."""
 
 Log = Callable[..., None]
 
@@ -32,17 +33,29 @@ class Copies:
     """
 
     def __init__(
-        self, env: Any, driver: Driver, fabric: Fabric, wires: Wires, nbytes: int, rounded: bool, log: Log
+        self,
+        env: Any,
+        driver: Driver,
+        fabric: Fabric,
+        wires: Wires,
+        nbytes_of: Callable[[str], int],
+        least: str | None,
+        log: Log,
     ) -> None:
         self.hbm_G = np.zeros(driver.cluster.gpus)
         """[G] bytes/s that copies read and write in each GPU's memory now."""
         self.on_disk_LE: Ints | None = None
         """[L, E] nonzero where an expert lies on SSD only; None: the host's memory holds all."""
         self._env, self._driver, self._fabric, self._wires = env, driver, fabric, wires
-        self._nbytes, self._rounded, self._log = nbytes, rounded, log
+        self._nbytes_of, self._least, self._log = nbytes_of, least, log
+        """Bytes by precision; what all copies come in at most, None: as the policy wants."""
         self._started = 0
         self._pending: dict[int, tuple[Transfer, Any]] = {}
         """Number of a copy, in order of issue, to its transfer and process."""
+        self._queueing: dict[int, Station] = {}
+        """Number of a copy that nobody waits for to the queue that it waits in."""
+        self._urgent: set[int] = set()
+        """Copies that were begun ahead and are waited for now."""
         self._late: set[int] = set()
         self._computing: dict[int, list[Any]] = {}
         """Layer to the ends of its expert phases that run now."""
@@ -69,9 +82,16 @@ class Copies:
         self._late.update(number for number, (t, _) in self._pending.items() if t.layer == layer)
 
     def awaited(self, layer: int, pairs: Iterable[tuple[int, int]]) -> list[Any]:
-        """Processes of the copies that bring (expert, GPU) of `layer`."""
+        """Processes of the copies that bring (expert, GPU) of `layer`; from now on they go before prefetches."""
         wanted = set(pairs)
-        return [p for t, p in self._pending.values() if t.layer == layer and (t.expert, t.target) in wanted]
+        found = []
+        for number, (t, process) in self._pending.items():
+            if t.layer == layer and (t.expert, t.target) in wanted:
+                found.append(process)
+                self._urgent.add(number)
+                if number in self._queueing:
+                    self._queueing[number].hurry(number, DEMAND)
+        return found
 
     def computes(self, layer: int, end: Any) -> None:
         """The experts of `layer` run until the event `end`; what they use is not overwritten before."""
@@ -84,23 +104,31 @@ class Copies:
         if t.source == HOST and self.on_disk_LE is not None and self.on_disk_LE[t.layer, t.expert]:
             yield from self._over(number, t, *self._fabric.storage(t.target))
         way, link = self._fabric.route(t.source, t.target)
-        outside = bool(link.outside(self._nbytes))
+        outside = bool(link.outside(self._nbytes_of(t.precision)))
         yield from self._over(number, t, way, link)
         del self._pending[number]
         useful = number not in self._late and self._driver.residency.holds(t)
         self._late.discard(number)
-        self._driver.arrived(t, self._rounded)
-        more = {"outside": True} if outside else {}
-        self._log("transfer ends", number=number, bytes=self._nbytes, hidden=useful and not t.blocking, **more)
+        self._urgent.discard(number)
+        self._driver.arrived(t, self._least)
+        more: dict[str, Any] = {"outside": True} if outside else {}
+        if t.precision != "full":
+            more["precision"] = t.precision
+        nbytes = self._nbytes_of(t.precision)
+        self._log("transfer ends", number=number, bytes=nbytes, hidden=useful and not t.blocking, **more)
 
     def _over(self, number: int, t: Transfer, stations: list[Station], link: Link) -> Generator[Any, Any, None]:
         held = []
         for station in stations:
-            held.append((yield from station.enter(DEMAND if t.blocking else PREFETCH)))
+            wanted_now = t.blocking or number in self._urgent
+            self._queueing[number] = station
+            held.append((yield from station.enter(DEMAND if wanted_now else PREFETCH + t.due, number)))
+            del self._queueing[number]
         self._log("transfer begins", number=number, queues=[station.name for station in stations])
-        seconds = link.seconds(self._nbytes)
+        nbytes = self._nbytes_of(t.precision)
+        seconds = link.seconds(nbytes)
         ends = [g for g in (t.source, t.target) if g != HOST]
-        rate = self._nbytes / seconds if seconds else 0.0
+        rate = nbytes / seconds if seconds else 0.0
         self.hbm_G[ends] += rate
         yield from self._wires.copy(seconds)
         self.hbm_G[ends] -= rate

@@ -12,6 +12,7 @@ unless the profile says how long it takes. What a run reports is computed from i
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -24,18 +25,21 @@ from moesim.sim.cost import host_seconds, measured_ranges
 from moesim.sim.dispatch import Ints
 from moesim.sim.driver import Driver, Sink
 from moesim.sim.events import Book, Event, plain
-from moesim.sim.execution import COPY_BYTES, Execution
+from moesim.sim.eviction import ORACLES, Future
+from moesim.sim.execution import Execution, copy_bytes
 from moesim.sim.fabric import Fabric
 from moesim.sim.faults import Fault, check_faults
 from moesim.sim.lane import Lane
 from moesim.sim.limits import check_fits, on_disk
 from moesim.sim.policies import Policy
 from moesim.sim.profile import HardwareProfile
+from moesim.sim.rates import rates_of
 from moesim.sim.results import Result
 from moesim.sim.scenario import Scenario, StepInput, micro_batches
 from moesim.sim.serving import Closed, Source
 from moesim.sim.static import StaticSteps, is_static
 from moesim.sim.station import Station
+from moesim.traces import InputError
 
 Steps = Generator[Any, Any, None]
 DEFAULT = Execution()
@@ -59,12 +63,14 @@ def simulate(
     `source` hands out the steps; without one they follow each other at once (a closed loop). `sink` takes the
     decisions, `events` the events (events.py); `keep_steps=False` keeps sums only, so that memory does not grow with
     the steps; `progress` is told the steps done. Raises InputError where the profile has too few GPUs, too little
-    memory, no rate for the dtype, or the GPUs cannot be grouped.
+    memory, no rate for the dtype, the GPUs cannot be grouped, or an oracle of all steps meets an open loop.
     """
     dtype = execution.dtype or scenario.spec.dtype
     execution.check(scenario.cluster.gpus, profile)
     check_fits(scenario, policy.cluster, profile, dtype)
     check_faults(faults, scenario.cluster.gpus, profile)
+    told = replace(policy.cluster, node_size=profile.node_size, rates=rates_of(scenario, profile, dtype))
+    policy = replace(policy, cluster=told)
     source = source or Closed(scenario, scenario.cluster.gpus // execution.tensor_parallel)
     config = {
         **scenario.config(),
@@ -80,7 +86,12 @@ def simulate(
         "moesim": version("moesim"),
     }
     book = Book(keep_steps, config.get("targets", {}))
-    machine = Machine(scenario, policy, profile, execution, dtype, book, sink, events)
+    future = None
+    if policy.recipe.eviction in ORACLES:
+        if not isinstance(source, Closed):
+            raise InputError(f"policy {policy.name} is shown the future, which an open loop does not have yet")
+        future = future_needs(scenario, execution)
+    machine = Machine(scenario, policy, profile, execution, dtype, book, sink, events, future)
     plain_run = execution == Execution(dtype=execution.dtype) and not faults and isinstance(source, Closed)
     usable_LEG = machine.driver.residency.usable_LEG
     fast = plain_run and sink is None and events is None and is_static(scenario, policy, profile, dtype, usable_LEG)
@@ -106,6 +117,17 @@ def simulate(
     )
 
 
+def future_needs(scenario: Scenario, execution: Execution) -> Future:
+    """Of each layer, the experts that have tokens in every micro-batch of a closed loop, in order."""
+    found: list[list[Ints]] = [[] for _ in range(scenario.cluster.layers)]
+    groups = scenario.cluster.gpus // execution.tensor_parallel
+    for step in scenario.steps(groups):
+        for part in micro_batches(step, execution.micro_batches, groups, execution.overlap):
+            for layer, visits in enumerate(found):
+                visits.append(np.unique(part.ids[~part.dropped[:, layer], layer]).astype(np.int64))
+    return found
+
+
 class Machine:
     """The cluster of one simulation: its queues, who computes on it, and the events of what happens."""
 
@@ -119,6 +141,7 @@ class Machine:
         book: Book,
         sink: Sink | None,
         events: Sink | None,
+        future: Future | None,
     ) -> None:
         self.scenario, self.spec, self.cluster = scenario, scenario.spec, scenario.cluster
         self.profile, self.execution, self.dtype = profile, execution, dtype
@@ -130,17 +153,16 @@ class Machine:
         """Whether times are read off measured curves, which do not reach everywhere."""
         self.failures = 0
         """GPUs that have failed."""
-        nbytes = self.spec.expert_bytes(dtype)
-        if execution.copy_dtype:
-            nbytes = round(self.spec.expert_params() * COPY_BYTES[execution.copy_dtype])
-        cheaper = self._cheaper(nbytes) if policy.recipe.miss == "cpu" else None
-        self.driver = Driver(policy, sink, cheaper)
+        cheaper = self._cheaper(self._copy_bytes("full")) if policy.recipe.miss == "cpu" else None
+        self.driver = Driver(policy, sink, cheaper, future)
         self.fabric = Fabric(self.env, profile)
-        self.wires = Wires(self.env, execution.contention)
+        self.wires = Wires(self.env, "pause" if policy.recipe.phase_locked else execution.contention)
         self.collectives = Station(self.env, "collectives")
         self.turns = [Station(self.env, f"experts of layer {layer}") for layer in range(self.cluster.layers)]
-        rounded = execution.copy_dtype is not None
-        self.copies = Copies(self.env, self.driver, self.fabric, self.wires, nbytes, rounded, self.log)
+        if policy.cluster.pooled:  # what one layer fetches may displace another's: one at a time
+            self.turns = self.turns[:1] * self.cluster.layers
+        least = execution.copy_dtype
+        self.copies = Copies(self.env, self.driver, self.fabric, self.wires, self._copy_bytes, least, self.log)
         self.copies.on_disk_LE = on_disk(scenario, profile, dtype)
         self._groups = self.cluster.gpus // execution.tensor_parallel
         lanes = execution.lanes()
@@ -201,6 +223,12 @@ class Machine:
         else:
             self.driver.residency.slowdown_G[int(fault.where)] = 1 / fault.factor
         self.log("fault", fault=fault.text())
+
+    def _copy_bytes(self, precision: str) -> int:
+        """Bytes of a copy that the policy wants in `precision`."""
+        if precision == "full":
+            precision = self.execution.copy_dtype or "full"
+        return copy_bytes(self.spec.expert_params(), self.spec.expert_bytes(self.dtype), precision)
 
     def _cheaper(self, nbytes: int) -> Callable[[int], bool]:
         self.profile.known_cpu()

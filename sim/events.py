@@ -8,8 +8,10 @@ run begins    policy, config, gpus
 step begins   step, tokens
 attention, experts, decide, communication, blocked
               step, part (micro-batch), layer, begin_s, duration_s; the first two gpu_s [G], and start_s [G] where a GPU
-              began later; experts tokens_G, and lost, rounded, host where there are such tokens; `outside` where a
-              measured curve was left, of transfers as well
+              began later; experts tokens_G, and lost, rounded, host where there are such tokens, `precision` with
+              the rounded ones by their copies' dtype; `outside` where a measured curve was left, of transfers as well
+needed        step, part, layer, and the experts that have tokens: hit, awaited (on their way), missed; skipped and
+              substituted pairs where there are any; of policies that offload
 transfer issued, transfer begins, transfer ends, transfer free
 step ends     step
 idle          duration_s without a request
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from moesim.sim.cachestats import CacheBook
 from moesim.sim.requests import RequestTotals
 from moesim.sim.results import Result
 from moesim.sim.totals import PHASES, StepRecord, Totals
@@ -46,6 +49,8 @@ class Book:
         self.requests = RequestTotals()
         self.targets = targets
         self.keep_steps = keep_steps
+        self._cache = CacheBook()
+        self.totals.cache = self._cache.totals
         self._bytes = [0, 0]
         self._outside = 0
         self._clear()
@@ -53,7 +58,8 @@ class Book:
     def _clear(self) -> None:
         self._phases: list[Event] = []
         self._load: dict[tuple[int, int], list[int]] = {}
-        self._lost = self._rounded = self._host = 0
+        self._lost = self._rounded = self._host = self._skipped = self._substituted = 0
+        self._precision: dict[str, int] = {}
 
     def take(self, event: Event) -> None:
         """Count one event."""
@@ -63,7 +69,14 @@ class Book:
             self._outside += event.get("outside", False)
             if what == "experts":
                 self._experts(event)
+        elif what == "needed":
+            self._needed(event)
+        elif what == "transfer issued":
+            to = event["copied"]
+            place = (to["target"], to["slot"])
+            self._cache.issued(event["number"], to["layer"], to["expert"], place, event["blocking"])
         elif what == "transfer ends":
+            self._cache.ended(event["number"], event["bytes"], event.get("precision", "full"))
             self._bytes[0] += event["bytes"]
             self._bytes[1] += event["bytes"] if event["hidden"] else 0
             self._outside += event.get("outside", False)
@@ -84,6 +97,13 @@ class Book:
         self._lost += event.get("lost", 0)
         self._rounded += event.get("rounded", 0)
         self._host += event.get("host", 0)
+        for precision, pairs in event.get("precision", {}).items():
+            self._precision[precision] = self._precision.get(precision, 0) + pairs
+
+    def _needed(self, event: Event) -> None:
+        self._cache.needed(event["layer"], event["hit"], event["awaited"], event["missed"])
+        self._skipped += event.get("skipped", 0)
+        self._substituted += event.get("substituted", 0)
 
     def _end(self, now_s: float) -> None:
         busy_G: Any = 0.0
@@ -101,6 +121,9 @@ class Book:
                 hidden_bytes=self._bytes[1],
                 lost_tokens=self._lost,
                 rounded_tokens=self._rounded,
+                precision_pairs=self._precision,
+                skipped_tokens=self._skipped,
+                substituted_tokens=self._substituted,
                 host_tokens=self._host,
                 extrapolated=self._outside,
             )

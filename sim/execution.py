@@ -14,8 +14,13 @@ Send = Literal["per-expert", "per-gpu", "per-node"]
 """How often a token's hidden vector is sent: for each of its experts; once to each GPU that holds one of them; or once
 to each node, whose GPU of the same number passes it on (DeepSeek-V3, arXiv 2412.19437, section 3.2.2)."""
 
-COPY_BYTES = {"int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
+COPY_BYTES = {"int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128, "int2": 0.25 + 2 / 128}
 """Bytes of a weight that is copied in fewer bits; every 128 weights share a scale of two bytes."""
+
+
+def copy_bytes(params: int, full_bytes: int, precision: str) -> int:
+    """Bytes of a copy of an expert of `params` weights, `full_bytes` as it is, in one of residency.PRECISIONS."""
+    return full_bytes if precision == "full" else round(params * COPY_BYTES[precision])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +39,8 @@ class Execution:
     follow each other."""
     send: Send = "per-expert"
     copy_dtype: str | None = None
-    """Of copies of experts: int8 or int4, not exact; None: as the weights."""
+    """Of copies of experts that the policy does not want in fewer bits itself: one of COPY_BYTES, not exact; None: as
+    the weights."""
 
     def __post_init__(self) -> None:
         if self.contention not in get_args(Contention):

@@ -17,17 +17,22 @@ from moesim.sim.planner import replicas
 
 DRAWS = 6
 """Loads that a plan is tried on."""
+GAIN = 0.01
+"""By what share of the busiest GPU's load a new plan must be better than the replicas that are there."""
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 Pairs = list[tuple[int, int]]
 """(expert, GPU) that should hold a replica."""
 
 
-def hedged_replicas(load_E: Floats, sd_E: Floats | None, home_EG: NDArray[np.bool_], room: int) -> Pairs:
+def hedged_replicas(
+    load_E: Floats, sd_E: Floats | None, home_EG: NDArray[np.bool_], room: int, held: Pairs | None = None
+) -> Pairs:
     """(expert, GPU) pairs beside the home placement, at most `room` on a GPU.
 
     load_E expected tokens and sd_E their standard deviation (None: that of a Poisson load), home_EG [E, G] exactly one
     True a row. The plan with the lowest mean of the busiest GPU over the drawn loads wins; ties to the greedy one.
+    `held`: replicas that are there, within the same limits; they stay where the winner is not better by GAIN.
     Source of the ring: the long chain of flexible manufacturing (Jordan and Graves, Management Science 41(4), 1995).
     """
     from moesim.sim.levelling import busiest  # compiled: only who plans pays for it
@@ -37,13 +42,14 @@ def hedged_replicas(load_E: Floats, sd_E: Floats | None, home_EG: NDArray[np.boo
     greedy = replicas(load_E, home_EG, np.zeros_like(home_EG), room)
     load_G, hottest_G = load_E @ home_EG, _hottest(load_E, home_EG, room)
     rings = [_rings(ring_G, hottest_G) for ring_G in (_alternating(load_G), _levelled(load_G))]
-    plans = [_filled(greedy, rings[0], home_EG.shape[1], room), *rings]
+    plans = [_filled(greedy, rings[0], home_EG.shape[1], room), *rings, *([held] if held else [])]
     home_E = home_EG.argmax(axis=1)
     costs = []
     for plan in plans:
         pairs = np.array(sorted(plan), np.int64).reshape(-1, 2)
         costs.append(busiest(drawn_NE, home_E, pairs, home_EG.shape[1]))
-    return plans[int(np.argmin(costs))]
+    best = int(np.argmin(costs))
+    return plans[-1] if held and costs[-1] <= costs[best] * (1 + GAIN) else plans[best]
 
 
 @cache

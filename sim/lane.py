@@ -28,7 +28,7 @@ from moesim.sim.cost import (
     shared_by,
 )
 from moesim.sim.dispatch import Ints
-from moesim.sim.residency import Transfer
+from moesim.sim.residency import PRECISIONS, Transfer
 from moesim.sim.scenario import StepInput, rank_counts
 from moesim.sim.sends import vectors
 
@@ -82,9 +82,9 @@ class Lane:
                 attention_LG, most = self._attention(step, rank_T)
             yield from self._compute_phase("attention", attention_LG[layer])
             yield from self._all_reduce(most, 1 + 2 * dense_L[layer])
-            yield from self._decided(partial(self._driver.routed, step.layer(layer), self._number))
+            ahead = yield from self._decided(partial(self._driver.routed, step.layer(layer), self._number))
             m.copies.needed(layer)
-            yield from self._experts(layer, step, m.ranks(step.rank) if seen != m.failures else rank_T)
+            yield from self._experts(layer, step, m.ranks(step.rank) if seen != m.failures else rank_T, ahead)
             yield from self._all_reduce(most, 1)
         self._driver.end_step(self._number)
 
@@ -95,15 +95,21 @@ class Lane:
         stack = m.spec.stack(m.scenario.stack)
         return attention_seconds(ranks, stack, m.profile.gpu, m.spec, m.dtype, shared), int(ranks.tokens_G.max())
 
-    def _decided(self, decide: Callable[[], list[Transfer]]) -> Steps:
-        """A decision point: the time to decide, then the transfers begin, then the blocking ones are waited for."""
+    def _decided(self, decide: Callable[[], list[Transfer]]) -> Generator[Any, Any, list[Transfer]]:
+        """A decision point: the time to decide, then the transfers begin, then the blocking ones are waited for.
+        Returns copies that begin after what the layer is missing: where nobody else could wait for them, those ahead
+        of their use."""
         m = self._m
         if m.decide_s:
             begin = float(self._env.now)
             yield self._env.timeout(m.decide_s)
             self._passed("decide", begin, m.decide_s)
         yield self._env.timeout(0)  # what arrives at this instant has arrived
-        yield from self._blocked(m.copies.start(decide()))
+        moves = decide()
+        alone = self._driver.cache is not None and self._compute is None
+        hold = alone and self._driver.routed_layers(self._number) > 0
+        yield from self._blocked(m.copies.start(t for t in moves if t.blocking or t.free or not hold))
+        return [t for t in moves if hold and not (t.blocking or t.free)]
 
     def _blocked(self, copies: list[Any]) -> Steps:
         if copies:
@@ -112,23 +118,23 @@ class Lane:
             yield self._env.timeout(0)  # what arrives at this instant has arrived
             self._passed("blocked", begin, float(self._env.now) - begin)
 
-    def _experts(self, layer: int, step: StepInput, rank_T: Ints) -> Steps:
+    def _experts(self, layer: int, step: StepInput, rank_T: Ints, ahead: list[Transfer]) -> Steps:
         """All tokens of a layer. Where experts come and go, one micro-batch at a time: two that displaced each other's
         experts would never end."""
         if self._driver.cache is None or self._compute is None:
-            yield from self._waves(layer, step, rank_T)
+            yield from self._waves(layer, step, rank_T, ahead)
             return
         begin = float(self._env.now)
         visit = yield from self._m.turns[layer].enter()
         if self._env.now > begin:
             self._passed("blocked", begin, float(self._env.now) - begin)
-        yield from self._waves(layer, step, rank_T)
+        yield from self._waves(layer, step, rank_T, ahead)
         visit.leave()
 
-    def _waves(self, layer: int, step: StepInput, rank_T: Ints) -> Steps:
+    def _waves(self, layer: int, step: StepInput, rank_T: Ints, ahead: list[Transfer]) -> Steps:
         """All tokens of a layer, in waves where not all experts find a slot at once."""
         m = self._m
-        ids_TK, dropped_T = step.ids[:, layer], step.dropped[:, layer]
+        ids_TK, dropped_T = self._executed(layer, step), step.dropped[:, layer]
         left_GE = rank_counts(ids_TK, dropped_T, rank_T, m.cluster)
         while True:
             host_E = np.zeros(m.cluster.experts, np.int64)
@@ -137,6 +143,8 @@ class Lane:
                 host_E = np.where(fetch.host_E, left_GE.sum(axis=0), 0)
                 left_GE = np.where(fetch.host_E, 0, left_GE)
                 started = m.copies.start(fetch.moves)
+                m.copies.start(ahead)
+                ahead = []
                 yield from self._blocked([*m.copies.awaited(layer, fetch.awaited), *started])
             elif self._compute is not None:
                 yield from self._arrivals(layer, left_GE)
@@ -151,6 +159,23 @@ class Lane:
             yield from self._wave(layer, send_GEG.sum(axis=0), send_GG, host_E, lost)
             if not again:
                 return
+
+    def _executed(self, layer: int, step: StepInput) -> Ints:
+        """[T, K] what is computed of the router's choice; what of it is there is logged where experts come and go."""
+        ids_TK, dropped_T = step.ids[:, layer].astype(np.int64), step.dropped[:, layer]
+        if self._driver.cache is None:
+            predicted = self._driver.policy.recipe.routing == "predicted"
+            return self._driver.executed(dropped_T, lane=self._number).ids_TK if predicted else ids_TK
+        gates, given = self._m.scenario.gates, step.routing.router_input
+        scores_TE = None
+        if self._driver.policy.recipe.miss == "substitute" and gates is not None and given is not None:
+            scores_TE = given[:, layer].astype(np.float32) @ gates.weight[layer].T + gates.bias[layer]
+        chosen = self._driver.executed(dropped_T, scores_TE, self._number)
+        counts = {"skipped": chosen.skipped, "substituted": chosen.substituted}
+        more = {name: count for name, count in counts.items() if count}
+        there = {"hit": chosen.hit, "awaited": chosen.awaited, "missed": chosen.missed}
+        self._m.log("needed", **self._where, **there, **more)
+        return chosen.ids_TK
 
     def _arrivals(self, layer: int, load_GE: Ints) -> Steps:
         """Wait for experts that another micro-batch's plan is moving: their only copies are under way."""
@@ -174,7 +199,10 @@ class Lane:
         taken_G: Any = m.copies.hbm_G if m.execution.contention != "none" else 0.0
         seconds_G = expert_seconds(tokens_EG, m.profile.gpu, m.spec, m.dtype, taken_G)
         host_s = host_seconds(host_E, m.profile, m.spec, m.dtype) if host_E.any() else 0.0
-        odd: dict[str, Any] = {"lost": lost, "rounded": int(tokens_EG[self._driver.residency.rounded_LEG[layer]].sum())}
+        code_EG = self._driver.residency.precision_LEG[layer]
+        pairs = {name: int(tokens_EG[code_EG == code].sum()) for code, name in enumerate(PRECISIONS) if code}
+        odd: dict[str, Any] = {"lost": lost, "rounded": sum(pairs.values())}
+        odd["precision"] = {name: count for name, count in pairs.items() if count}
         odd["host"] = int(host_E.sum())
         odd["outside"] = m.curves and self._experts_outside(tokens_EG)
         more = {name: count for name, count in odd.items() if count}
@@ -200,7 +228,7 @@ class Lane:
             yield from m.wires.exchange(seconds)
             # Where nothing slowed it down it took what it takes, without the rounding of a difference of times.
             took = float(self._env.now) - begin
-            self._passed("communication", begin, seconds if m.execution.contention == "none" else took, **more)
+            self._passed("communication", begin, seconds if m.wires.contention == "none" else took, **more)
             return
         visit = yield from m.collectives.enter()
         begin = float(self._env.now)

@@ -64,6 +64,8 @@ def make_plan(policy: str, scenario: Scenario) -> Plan:
         raise InputError(f"policy {policy!r} is shown the future: no server can follow its plan; choose another")
     if recipe(policy).double_buffered:
         raise InputError(f"policy {policy!r} brings replicas anew for every layer: it has no plan to write down")
+    if recipe(policy).miss is not None:
+        raise InputError(f"policy {policy!r} is for slots that do not hold every expert: it has no plan to write down")
     if scenario.cluster.layer_slots > scenario.cluster.experts:
         raise InputError(
             f"{scenario.cluster.layer_slots} slots a GPU and layer for {scenario.cluster.experts} experts: an expert "

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.sim.rates import Rates
 from moesim.traces.errors import InputError, PolicyError
 
 EMPTY = -1
 HOST = -1
 """As the source of a transfer: the host's memory, which has every expert."""
+PRECISIONS = ("full", "int8", "int4", "int2")
+"""What a copy can be in, highest first: the model's own dtype, or fewer bits (execution.py says how many bytes). Where
+arrays hold precisions they hold places in this list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,14 @@ class Cluster:
     double_buffered: bool = False
     """True: replicas of all layers share two buffers of `extra_slots` slots a GPU, in turn, instead of having their own
     in every layer (PROBE, arXiv 2602.00509)."""
+    pooled: bool = False
+    """True: where the host backs the slots, a slot may hold any layer's expert; the budget is the same."""
+    node_size: int | None = None
+    """GPUs 0..n-1 are the first node, and so on; None: all are in one."""
+    groups: int = 1
+    """Groups of neighbouring experts that the router limits itself to (DeepSeek); 1: none."""
+    rates: Rates | None = None
+    """How fast the executor is, where it says so; what weighs copies by time weighs them by tokens otherwise."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.layers < 1 or self.experts < 1:
@@ -47,6 +59,17 @@ class Cluster:
                 f"{self.resident} resident slots a GPU and layer: {self.experts} experts on {self.gpus} GPUs take 1 "
                 f"to {most}"
             )
+
+    @property
+    def node_G(self) -> NDArray[np.int64]:
+        """[G] the node of each GPU."""
+        return np.arange(self.gpus) // (self.node_size or self.gpus)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that the GPUs fill evenly; 1 where they do not, or where all are in one."""
+        size = self.node_size or self.gpus
+        return self.gpus // size if self.gpus % size == 0 else 1
 
     @property
     def home_slots(self) -> int:
@@ -65,7 +88,9 @@ class Cluster:
         return self.layers * self.layer_slots + (2 * self.extra_slots if self.double_buffered else 0)
 
     def slots_of(self, layer: int) -> range:
-        """The slots that belong to `layer` on every GPU."""
+        """The slots that `layer` may use on every GPU."""
+        if self.pooled:
+            return range(self.gpu_slots)
         return range(layer * self.layer_slots, (layer + 1) * self.layer_slots)
 
     def replica_slots(self, layer: int) -> range:
@@ -98,6 +123,10 @@ class Transfer:
     """Which of several equal transfers this is; the driver numbers them, so that a late copy is not taken for a new."""
     free: bool = False
     """True: arrives at once and costs nothing. Only bounds use it, only the simulator accepts it."""
+    precision: str = "full"
+    """What arrives, one of PRECISIONS."""
+    due: int = 0
+    """Of prefetches that wait for a link the smallest goes first, then the first issued."""
     displaces: int = EMPTY
     """Layer whose expert the slot held until now, written by the driver; the copy waits while that layer computes."""
 
@@ -114,8 +143,8 @@ class Residency:
         self.serial_GS: NDArray[np.int64] = np.full((cluster.gpus, slots), EMPTY, np.int64)
         self.usable_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
         self.coming_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
-        self.rounded_LEG: NDArray[np.bool_] = np.zeros(shape, np.bool_)
-        """Copies that arrived in a smaller dtype than the model's."""
+        self.precision_LEG: NDArray[np.uint8] = np.zeros(shape, np.uint8)
+        """Of each copy, there or coming: its place in PRECISIONS."""
         self.alive_G: NDArray[np.bool_] = np.ones(cluster.gpus, np.bool_)
         self.slowdown_G: NDArray[np.float64] = np.ones(cluster.gpus)
         """How many times longer each GPU computes than it should; policies see it."""
@@ -123,9 +152,11 @@ class Residency:
 
     def place(self, experts_LGS: NDArray[np.integer]) -> None:
         """Fill the slots of every layer, [L, G, layer_slots], EMPTY where a slot stays free. Nothing is copied: this is
-        how the model was loaded. Raises PolicyError where an expert is missing or twice on one GPU."""
+        how the model was loaded. Of slots that all layers share, a layer may take any number: [L, G, any], one layer
+        after the other. Raises PolicyError where an expert is missing or twice on one GPU, or a GPU has too few slots.
+        """
         c = self.cluster
-        if experts_LGS.shape != (c.layers, c.gpus, c.layer_slots):
+        if experts_LGS.shape[:2] != (c.layers, c.gpus) or not (c.pooled or experts_LGS.shape[2] == c.layer_slots):
             raise PolicyError(
                 f"placement has shape {experts_LGS.shape}, the cluster needs {(c.layers, c.gpus, c.layer_slots)}"
             )
@@ -139,8 +170,13 @@ class Residency:
         if len(found) < len(place_X):
             layer, expert, gpu = np.unravel_index(found[copies > 1][0], self.usable_LEG.shape)
             raise PolicyError(f"placement of layer {layer}: expert {expert} is twice on GPU {gpu}")
-        self.layer_GS[gpu_X, layer_X * c.layer_slots + slot_X] = layer_X
-        self.expert_GS[gpu_X, layer_X * c.layer_slots + slot_X] = expert_X
+        number_X = layer_X * c.layer_slots + slot_X
+        if c.pooled:
+            number_X = _running_number(gpu_X)
+            if len(number_X) and number_X.max() >= c.gpu_slots:
+                raise PolicyError(f"placement wants {number_X.max() + 1} slots of a GPU, it has {c.gpu_slots}")
+        self.layer_GS[gpu_X, number_X] = layer_X
+        self.expert_GS[gpu_X, number_X] = expert_X
         self.usable_LEG[layer_X, expert_X, gpu_X] = True
         self._check_nothing_lost(range(c.layers))
 
@@ -150,12 +186,13 @@ class Residency:
         for t in transfers:
             self._check(t)
         touched = {t.layer for t in transfers} | {int(self.layer_GS[t.target, t.slot]) for t in transfers}
-        state = ("layer_GS", "expert_GS", "serial_GS", "usable_LEG", "coming_LEG", "rounded_LEG")
+        state = ("layer_GS", "expert_GS", "serial_GS", "usable_LEG", "coming_LEG", "precision_LEG")
         before = {name: getattr(self, name).copy() for name in state}
+        code_X = [self._code(t) for t in transfers]  # of a source that may be overwritten now
         try:
             for t in transfers:
                 self._evict(t.target, t.slot)
-            for t in transfers:
+            for t, code in zip(transfers, code_X, strict=True):
                 if self.usable_LEG[t.layer, t.expert, t.target] or self.coming_LEG[t.layer, t.expert, t.target]:
                     raise PolicyError(f"layer {t.layer}, expert {t.expert} would be twice on GPU {t.target}")
                 if self.layer_GS[t.target, t.slot] != EMPTY:
@@ -163,22 +200,23 @@ class Residency:
                 self._fill(t.target, t.slot, t.layer, t.expert)
                 self.serial_GS[t.target, t.slot] = t.serial
                 self.coming_LEG[t.layer, t.expert, t.target] = True
+                self.precision_LEG[t.layer, t.expert, t.target] = code
             self._check_nothing_lost(touched - {EMPTY})
         except PolicyError:
             for name, array in before.items():
                 setattr(self, name, array)
             raise
 
-    def arrived(self, t: Transfer, rounded: bool = False) -> bool:
-        """Make the copy usable; False where the slot was given away while the copy was under way. `rounded`: it came in
-        a smaller dtype."""
+    def arrived(self, t: Transfer, precision: str | None = None) -> bool:
+        """Make the copy usable; False where the slot was given away while the copy was under way. `precision`: what it
+        came in, where that is less than the transfer says."""
         if not self.holds(t) or not self.coming_LEG[t.layer, t.expert, t.target]:
             return False
         self.coming_LEG[t.layer, t.expert, t.target] = False
         self.usable_LEG[t.layer, t.expert, t.target] = True
-        self.rounded_LEG[t.layer, t.expert, t.target] = rounded or (
-            t.source != HOST and bool(self.rounded_LEG[t.layer, t.expert, t.source])
-        )
+        if precision is not None:
+            code = max(int(self.precision_LEG[t.layer, t.expert, t.target]), PRECISIONS.index(precision))
+            self.precision_LEG[t.layer, t.expert, t.target] = code
         return True
 
     def fail(self, gpu: int) -> None:
@@ -206,7 +244,10 @@ class Residency:
         return int(found[0])
 
     def experts_GS(self, layer: int) -> NDArray[np.int32]:
-        """[G, layer_slots] expert in each slot of `layer` (on its way included), EMPTY where free."""
+        """[G, slots of the layer] expert in each slot of `layer` (on its way included), EMPTY where free or another
+        layer's."""
+        if self.cluster.pooled:
+            return np.where(self.layer_GS == layer, self.expert_GS, np.int32(EMPTY))
         window = self.cluster.slots_of(layer)
         return self.expert_GS[:, window.start : window.stop]
 
@@ -229,12 +270,19 @@ class Residency:
             raise PolicyError(f"{what}: no such slot, a GPU has {self.layer_GS.shape[1]}")
         if t.source != HOST and not self.usable_LEG[t.layer, t.expert, t.source]:
             raise PolicyError(f"{what}: the source does not hold it")
+        if t.precision not in PRECISIONS:
+            raise PolicyError(f"{what}: unknown precision {t.precision!r}; known: {', '.join(PRECISIONS)}")
+
+    def _code(self, t: Transfer) -> int:
+        """A copy is no better than what it is copied from."""
+        code = PRECISIONS.index(t.precision)
+        return code if t.source == HOST else max(code, int(self.precision_LEG[t.layer, t.expert, t.source]))
 
     def _evict(self, gpu: int, slot: int) -> None:
         layer, expert = self.layer_GS[gpu, slot], self.expert_GS[gpu, slot]
         if layer != EMPTY:
-            for held_LEG in (self.usable_LEG, self.coming_LEG, self.rounded_LEG):
-                held_LEG[layer, expert, gpu] = False
+            self.usable_LEG[layer, expert, gpu] = self.coming_LEG[layer, expert, gpu] = False
+            self.precision_LEG[layer, expert, gpu] = 0
             self.layer_GS[gpu, slot] = self.expert_GS[gpu, slot] = EMPTY
 
     def _fill(self, gpu: int, slot: int, layer: int, expert: int) -> None:
@@ -245,3 +293,12 @@ class Residency:
             held_E = self.usable_LEG[layer].any(axis=1) | self.coming_LEG[layer].any(axis=1)
             if not held_E.all():
                 raise PolicyError(f"layer {layer}: no GPU would hold expert {int(np.argmin(held_E))}")
+
+
+def _running_number(group_X: NDArray[np.integer]) -> NDArray[np.intp]:
+    """[X] how many of the same group come before."""
+    order = np.argsort(group_X, kind="stable")
+    counts = np.bincount(group_X)
+    number_X = np.empty(len(group_X), np.intp)
+    number_X[order] = np.arange(len(group_X)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return number_X

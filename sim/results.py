@@ -13,7 +13,7 @@ from typing import Any
 from moesim.sim.totals import PHASES, StepRecord, Totals
 from moesim.traces import InputError
 
-FORMAT, VERSION = "moesim-result", 3
+FORMAT, VERSION = "moesim-result", 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

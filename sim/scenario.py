@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.predictors import RoutedLayer, routed_layer
 from moesim.sim.dispatch import Ints
-from moesim.sim.residency import Cluster
+from moesim.sim.residency import EMPTY, Cluster
 from moesim.traces import (
     Batch,
     InputError,
@@ -83,6 +83,8 @@ class Scenario:
     """The frozen gates of the recorded model, where they were recorded."""
     served: bool = False
     """True: `run` holds whole requests, prompts and what was generated, for an open loop."""
+    model_digest: str = ""
+    """Of the recorded model's weights, as the trace has it; empty where it does not say."""
 
     @property
     def stack(self) -> str:
@@ -102,6 +104,7 @@ class Scenario:
             "extra_slots": self.cluster.extra_slots,
             **self.workload.describe(),
             "recorded": "loads" if isinstance(self.fit, LoadTable) else "tokens",
+            **({"model_digest": self.model_digest} if self.model_digest else {}),
             **({"resident": self.cluster.resident} if self.cluster.resident is not None else {}),
             **({} if self.served else {"steps": len(self.batches), "tokens": sum(len(b.tokens) for b in self.batches)}),
         }
@@ -134,11 +137,13 @@ def make_scenario(
     request_texts: Sequence[str] = (),
     gates: Gates | None = None,
     served: bool = False,
+    node_size: int | None = None,
 ) -> Scenario:
     """Split the requests of `table` (the phase's stack) and batch the held-out ones; loads are split by time.
 
     `request_texts` names the text of every request, for a split by data set. `resident`: slots a GPU and layer where
-    the host's memory backs them. `served`: the requests of the stack come by themselves, in an open loop.
+    the host's memory backs them. `served`: the requests of the stack come by themselves, in an open loop. `node_size`:
+    GPUs of a node, for placements that keep things in one; None: all GPUs.
     Raises InputError where the recording is too short, the split impossible, or the cluster.
     """
     if served and isinstance(table, LoadTable):
@@ -151,7 +156,7 @@ def make_scenario(
         workload = replace(workload, split="time")
     else:
         fit, run = split_requests(table, workload.split, request_texts)
-    shape = _Shape(gpus, extra_slots, resident)
+    shape = _Shape(gpus, extra_slots, resident, node_size)
     if served:
         assert isinstance(run, TokenTable), "loads were refused"
         phase = Phase.PREFILL if phase is Phase.DECODE else phase
@@ -187,6 +192,7 @@ class _Shape:
     gpus: int
     extra_slots: int
     resident: int | None
+    node_size: int | None = None
 
 
 def _assemble(
@@ -222,6 +228,8 @@ def _scenario(
         extra_slots=shape.extra_slots,
         top_k=spec.top_k,
         resident=shape.resident,
+        node_size=shape.node_size,
+        groups=spec.groups,
     )
     return Scenario(
         spec=spec,
@@ -287,7 +295,8 @@ def _parts(request_T: NDArray[np.int32], rank_T: NDArray[np.int64], count: int) 
 
 
 def rank_counts(ids_TK: NDArray[np.integer], dropped_T: NDArray[np.bool_], rank_T: Ints, cluster: Cluster) -> Ints:
-    """[G, E] tokens that each rank holds for each expert of one layer; dropped tokens do not count."""
+    """[G, E] tokens that each rank holds for each expert of one layer; dropped tokens and EMPTY pairs do not count."""
     key = rank_T[:, None] * cluster.experts + ids_TK.astype(np.int64)
-    count = np.bincount(key[~dropped_T].ravel(), minlength=cluster.gpus * cluster.experts)
+    kept_TK = ~dropped_T[:, None] & (ids_TK != EMPTY)
+    count = np.bincount(key[kept_TK], minlength=cluster.gpus * cluster.experts)
     return count.reshape(cluster.gpus, cluster.experts)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesim.sim.dispatch import Ints
 from moesim.sim.execution import Send
+from moesim.sim.residency import EMPTY
 
 
 def vectors(
@@ -75,7 +76,7 @@ def _targets(
     G, E, _ = send_GEG.shape
     K = ids_TK.shape[1]
     key_X = (rank_T[:, None] * E + ids_TK).ravel()
-    kept = np.flatnonzero(np.repeat(~dropped_T, K))
+    kept = np.flatnonzero(np.repeat(~dropped_T, K) & (ids_TK.ravel() != EMPTY))
     order = kept[np.argsort(key_X[kept], kind="stable")]
     rows = send_GEG.reshape(G * E, G)
     sent, wanted = rows.sum(axis=1), np.bincount(key_X[order], minlength=G * E)

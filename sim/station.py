@@ -20,6 +20,7 @@ class Station:
     def __init__(self, env: simpy.Environment, name: str, servers: int = 1) -> None:
         self.env, self.name, self.servers = env, name, servers
         self._resource = simpy.PriorityResource(env, capacity=servers)
+        self._waiting: dict[int | None, Any] = {}
         self._since = float(env.now)
         self._begin = float(env.now)
         self._here = self._busy = 0
@@ -27,16 +28,28 @@ class Station:
         self._arrived = self._left = 0
         self._waited_s = self._stayed_s = 0.0
 
-    def enter(self, priority: int = 0) -> Generator[Any, Any, Visit]:
-        """Queue for a place (`yield from`); the visit that comes back is ended with `leave`."""
+    def enter(self, priority: int = 0, name: int | None = None) -> Generator[Any, Any, Visit]:
+        """Queue for a place (`yield from`); the visit that comes back is ended with `leave`. `name` is for `hurry`."""
         arrival = float(self.env.now)
         self._change(here=1)
         self._arrived += 1
         request = self._resource.request(priority=priority)
+        if name is not None:
+            self._waiting[name] = request
         yield request
+        self._waiting.pop(name, None)
         self._change(busy=1)
         self._waited_s += float(self.env.now) - arrival
         return Visit(self, request, arrival)
+
+    def hurry(self, name: int, priority: int) -> None:
+        """Who waits under that name is served by another priority from now on; nothing happens where it is served."""
+        request = self._waiting.get(name)
+        if request is None or request.triggered:
+            return
+        request.priority = priority
+        request.key = (priority, request.time, not request.preempt)
+        self._resource.put_queue.sort(key=lambda waiting: waiting.key)
 
     def measure(self) -> dict[str, float]:
         """Since the beginning: customers a second, mean seconds waited and stayed (of those who left), mean number

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from moesim.sim.cachestats import CacheTotals
 from moesim.traces import InputError
 
 PHASES = ("attention", "decide", "communication", "experts", "blocked")
@@ -17,6 +18,9 @@ PHASES = ("attention", "decide", "communication", "experts", "blocked")
 and all-reduces, waiting included. experts: slowest GPU. blocked: waiting for demand transfers. Where micro-batches
 overlap, an instant counts once: as computing if anybody computes, else as communication, else as blocked or decide."""
 
+SUMS = ("moved_bytes", "hidden_bytes")
+RARE = ("lost_tokens", "rounded_tokens", "skipped_tokens", "substituted_tokens", "host_tokens", "extrapolated")
+"""Numbers of a step that are added up; the rare ones are reported where they are not 0."""
 EXACT = 65_536
 """Values that `Quantiles` keeps as they are."""
 WIDTH = 0.001
@@ -97,6 +101,12 @@ class StepRecord:
     """(token, expert) pairs that nobody computed, because no living GPU held the expert."""
     rounded_tokens: int = 0
     """(token, expert) pairs computed with weights that were copied in a smaller dtype: not exact."""
+    precision_pairs: dict[str, int] = field(default_factory=dict)
+    """Of these, by the copies' precision."""
+    skipped_tokens: int = 0
+    """(token, expert) pairs that the policy left out: not exact."""
+    substituted_tokens: int = 0
+    """(token, expert) pairs that the policy gave to another expert: not exact."""
     host_tokens: int = 0
     """(token, expert) pairs that the host's CPU computed."""
     extrapolated: int = 0
@@ -126,8 +136,13 @@ class Totals:
     hidden_bytes: int = 0
     lost_tokens: int = 0
     rounded_tokens: int = 0
+    precision_pairs: dict[str, int] = field(default_factory=dict)
+    skipped_tokens: int = 0
+    substituted_tokens: int = 0
     host_tokens: int = 0
     extrapolated: int = 0
+    cache: CacheTotals = field(default_factory=CacheTotals)
+    """Where not all experts have slots (cachestats.py)."""
     durations: Quantiles = field(default_factory=Quantiles)
 
     def add(self, step: StepRecord) -> None:
@@ -154,8 +169,10 @@ class Totals:
         self.balance += balance
         self.mean_load += mean_load
         self.peak_load += peak_load
-        for name in ("moved_bytes", "hidden_bytes", "lost_tokens", "rounded_tokens", "host_tokens", "extrapolated"):
+        for name in (*SUMS, *RARE):
             setattr(self, name, getattr(self, name) + getattr(step, name))
+        for precision, pairs in step.precision_pairs.items():
+            self.precision_pairs[precision] = self.precision_pairs.get(precision, 0) + pairs
 
     def idle(self, seconds: float) -> None:
         """Count time between steps in which nobody was served."""
@@ -205,7 +222,9 @@ class Totals:
             "moved_bytes": self.moved_bytes,
             "hidden_bytes": self.hidden_bytes,
         }
-        rare = ("lost_tokens", "rounded_tokens", "host_tokens", "extrapolated", "idle_s")
+        if any(self.cache.needs_L):
+            found["cache"] = {**self.cache.summary(), "stall_s": self.phase_s["blocked"]}
+        rare = (*RARE, "precision_pairs", "idle_s")
         return {**found, **{name: getattr(self, name) for name in rare if getattr(self, name)}}
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,4 +240,5 @@ class Totals:
             raise InputError("the totals of a result are damaged")
         kept = data["durations"]
         bins = dict(kept["bins"])
-        return cls(**{**data, "durations": Quantiles(values=kept["values"], bins=bins, zeros=kept["zeros"])})
+        durations = Quantiles(values=kept["values"], bins=bins, zeros=kept["zeros"])
+        return cls(**{**data, "durations": durations, "cache": CacheTotals(**data["cache"])})

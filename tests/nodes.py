@@ -3,7 +3,8 @@
 import numpy as np
 
 from helpers import make_spec
-from moesim.sim.policies import Policy, Recipe, Target, contiguous_placement, make_policy
+from moesim.predictors import PREDICTORS, RouterSpec
+from moesim.sim.policies import Policy, Recipe, Target, contiguous_placement, is_trained, make_policy
 from moesim.sim.profile import Attention, Cpu, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
 from moesim.sim.scenario import make_scenario
 from moesim.traces import Phase, TokenTable, Workload, held_out
@@ -76,8 +77,22 @@ def scripted(scene, moves):
     made = make_policy("predictive-batch", scene.cluster, scene.fit)
     placed = contiguous_placement(scene.cluster, scene.fit)
     return Policy(
-        name="scripted", cluster=scene.cluster, recipe=parts, predictor=made.predictor, placed_LGS=np.array(placed)
+        name="scripted",
+        cluster=scene.cluster,
+        recipe=parts,
+        predictor=made.predictor,
+        placed_LGS=np.array(placed),
+        popularity_LE=made.popularity_LE,
     )
+
+
+def quick_policy(name, scene):
+    """The named policy, fitted; Markov's forecasts stand in for a net's, whose training would take too long."""
+    fitted = None
+    if is_trained(name):
+        fitted = PREDICTORS["markov"]()
+        fitted.fit(scene.fit, RouterSpec(num_experts=scene.cluster.experts, top_k=scene.cluster.top_k))
+    return make_policy(name, scene.cluster, scene.fit, scene.gates, fitted=fitted)
 
 
 def two_layers(gpus=2, steps=1, extra_slots=1, phase=Phase.ENCODER):

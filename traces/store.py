@@ -115,6 +115,11 @@ class Trace:
         return cls(path, manifest)
 
     @property
+    def model_digest(self) -> str:
+        """One for the model's configuration and weights; empty where the recording does not say."""
+        return files_digest(self.provenance.get("model_sha256") or {})
+
+    @property
     def stacks(self) -> tuple[str, ...]:
         """Names of the stacks that have recorded tokens."""
         return tuple(s.name for s in self.spec.stacks if any(shard.stack == s.name for shard in self.shards))
@@ -253,6 +258,12 @@ class Trace:
 
     def _damaged(self, shard: Shard | GateFile, what: str) -> TraceError:
         return TraceError(f"{self.path / shard.name}: {what}; restore the file or record the trace again")
+
+
+def files_digest(sha256: dict[str, str]) -> str:
+    """SHA-256 over the names and digests of a model's files; empty where there are none."""
+    listed = json.dumps(sha256, sort_keys=True).encode()
+    return hashlib.sha256(listed).hexdigest() if sha256 else ""
 
 
 def first_problem(table: TokenTable | LoadTable, spec: ModelSpec, requests: int) -> str | None:

@@ -11,14 +11,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.predictors import PREDICTORS, Predictor, RouterSpec
+from moesim.predictors import PREDICTORS, Learned, Predictor, RouterSpec, missing
+from moesim.predictors.base import WITHOUT
+from moesim.sim.eviction import POOLED
 from moesim.sim.policies.files import is_own, own_recipe
-from moesim.sim.policies.placements import PLACEMENTS, balanced_placement, contiguous_placement
+from moesim.sim.policies.placements import OF_TOKENS, PLACEMENTS, balanced_placement, contiguous_placement
+from moesim.sim.policies.prefetching import (
+    Prefetch,
+    PrefetchDeeper,
+    PrefetchDraft,
+    PrefetchOver,
+    PrefetchSequence,
+)
 from moesim.sim.policies.recipe import Recipe
-from moesim.sim.policies.rules import Never, Periodic, Prefetch, Replicate, Rule, Target
+from moesim.sim.policies.rules import Never, Periodic, Replicate, Rule, Target
 from moesim.sim.policies.systems import POLICIES
 from moesim.sim.residency import Cluster, Residency
-from moesim.traces import InputError, LoadTable, TokenTable
+from moesim.traces import InputError, LoadTable, TokenTable, total_load_LE
 from moesim.traces.gates import Gates
 
 
@@ -31,11 +40,15 @@ class Policy:
     recipe: Recipe
     predictor: Predictor | None
     placed_LGS: NDArray[np.int32]
+    popularity_LE: NDArray[np.int64]
+    """[L, E] tokens of each expert in the fitted requests."""
 
     def start(self) -> Residency:
         """The residency before the first step."""
         residency = Residency(self.cluster)
         residency.place(self.placed_LGS)
+        code_LE1 = self.recipe.precision.placed_LE(self.popularity_LE)[:, :, None]
+        residency.precision_LEG[:] = np.where(residency.usable_LEG, code_LE1, 0)
         return residency
 
 
@@ -60,29 +73,86 @@ def recipe(name: str) -> Recipe:
 
 def needs_tokens(name: str) -> bool:
     """Whether the named policy must know what every token chose, so that a recording of loads is not enough."""
-    predictor = recipe(name).predictor
-    return predictor is not None and bool(PREDICTORS[predictor]().needs)
+    parts = recipe(name)
+    if parts.placement in OF_TOKENS or parts.precision.needs_weights:
+        return True
+    return parts.predictor is not None and bool(PREDICTORS[parts.predictor]().needs)
 
 
-def make_policy(name: str, cluster: Cluster, fit_on: TokenTable | LoadTable, gates: Gates | None = None) -> Policy:
+def unfit(name: str, fit_on: TokenTable | LoadTable, router: RouterSpec) -> str | None:
+    """Why the named policy cannot be fitted on a recording, in words that follow its name; None where it can."""
+    parts = recipe(name)
+    if parts.predictor is not None:
+        lacks = missing(PREDICTORS[parts.predictor](), fit_on, router)
+        if lacks is not None:
+            return WITHOUT[lacks]
+    if parts.precision.needs_weights and router.top_k > 1 and not _has_weights(fit_on):
+        return WITHOUT["weights"]
+    return WITHOUT["tokens"] if isinstance(fit_on, LoadTable) and needs_tokens(name) else None
+
+
+def is_trained(name: str) -> bool:
+    """Whether the named policy's predictor is a net, whose training takes minutes on a large recording."""
+    return isinstance(PREDICTORS.get(recipe(name).predictor or ""), Learned)
+
+
+def make_policy(
+    name: str,
+    cluster: Cluster,
+    fit_on: TokenTable | LoadTable,
+    gates: Gates | None = None,
+    *,
+    fitted: Predictor | None = None,
+) -> Policy:
     """Fit the named policy on recorded requests, which must not be the ones that it is run on.
 
-    `gates`: those of the recorded model, for predictors that look through them. Raises InputError for an unknown name,
-    an empty recording, or one that lacks what the predictor needs.
+    `gates`: those of the recorded model, for predictors that look through them. `fitted`: its predictor, where it has
+    been fitted on the same requests already (a forecast does not depend on the GPUs). Raises InputError for an unknown
+    name, an empty recording, or one that lacks what the predictor needs.
     """
     parts = recipe(name)
     if cluster.resident is not None and parts.miss is None:
         raise InputError(
             f"policy {name} needs every expert on a GPU; with fewer resident slots use: {', '.join(offloading())}"
         )
-    cluster = replace(cluster, double_buffered=parts.double_buffered)
+    cluster = replace(cluster, double_buffered=parts.double_buffered, pooled=parts.pooled)
     if len(fit_on) == 0:
         raise InputError("nothing to fit the policy on: the recording needs at least two requests")
-    predictor = PREDICTORS[parts.predictor]() if parts.predictor else None
-    if predictor is not None:
+    _check_parts(name, parts, cluster, fit_on)
+    predictor = fitted
+    if predictor is None and parts.predictor:
+        predictor = PREDICTORS[parts.predictor]()
         predictor.fit(fit_on, RouterSpec(num_experts=cluster.experts, top_k=cluster.top_k, gates=gates))
     placed = parts.placement(cluster, fit_on)
-    return Policy(name=name, cluster=cluster, recipe=parts, predictor=predictor, placed_LGS=placed)
+    return Policy(
+        name=name,
+        cluster=cluster,
+        recipe=parts,
+        predictor=predictor,
+        placed_LGS=placed,
+        popularity_LE=total_load_LE(fit_on, cluster.experts),
+    )
+
+
+def _check_parts(name: str, parts: Recipe, cluster: Cluster, fit_on: TokenTable | LoadTable) -> None:
+    """Raise InputError where parts do not go together, or ask for gate weights that were not recorded."""
+    if isinstance(parts.rule, Prefetch) and parts.miss is None:
+        raise InputError(f"policy {name} prefetches and does not say what to do about what is missing: give it a miss")
+    if isinstance(parts.rule, Prefetch) and parts.predictor is None:
+        raise InputError(f"policy {name} prefetches what is forecast: give it a predictor")
+    if parts.eviction in POOLED and not parts.pooled:
+        raise InputError(f"policy {name}: eviction {parts.eviction} is for slots that all layers share: pooled = true")
+    if parts.pooled and parts.miss is None:
+        raise InputError(f"policy {name}: layers share slots only where the host backs them: give it a miss")
+    if parts.precision.needs_weights and cluster.top_k > 1 and not _has_weights(fit_on):
+        raise InputError(
+            f"policy {name} weighs experts by their gate weights, and this recording has none: record it with them, or "
+            "use a policy without, such as hobbit-exact"
+        )
+
+
+def _has_weights(table: TokenTable | LoadTable) -> bool:
+    return isinstance(table, TokenTable) and table.topk_weights is not None
 
 
 __all__ = [
@@ -92,14 +162,20 @@ __all__ = [
     "Periodic",
     "Policy",
     "Prefetch",
+    "PrefetchDeeper",
+    "PrefetchDraft",
+    "PrefetchOver",
+    "PrefetchSequence",
     "Recipe",
     "Replicate",
     "Rule",
     "Target",
     "balanced_placement",
     "contiguous_placement",
+    "is_trained",
     "make_policy",
     "needs_tokens",
     "offloading",
     "recipe",
+    "unfit",
 ]

@@ -10,6 +10,10 @@
     name = "replicate"
     next_batch = false
 
+    [precision]                   # for policies that offload
+    name = "by-score"
+    low = "int8"
+
 A table `found` may stand there, too, and is not read: `moesim tune` writes there how it found the policy.
 """
 
@@ -26,9 +30,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from moesim.predictors import PREDICTORS
+from moesim.sim.eviction import EVICTIONS
 from moesim.sim.policies.placements import PLACEMENTS
-from moesim.sim.policies.recipe import MISSES, RULES, SPLITS, Recipe
-from moesim.sim.policies.rules import Rule
+from moesim.sim.policies.precision import PRECISION_RULES
+from moesim.sim.policies.recipe import MISSES, ROUTINGS, RULES, SPLITS, Recipe
 from moesim.sim.policies.systems import POLICIES
 from moesim.traces import InputError
 
@@ -38,9 +43,13 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "split": SPLITS,
     "predictor": {name: name for name in PREDICTORS},
     "miss": {name: name for name in MISSES},
+    "eviction": {name: name for name in EVICTIONS},
+    "routing": {name: name for name in ROUTINGS},
 }
 """Keys that name a part, and what they may name."""
-PLAIN = {"summary": str, "double_buffered": bool, "simulated_only": bool}
+PLAIN = {"summary": str, "double_buffered": bool, "phase_locked": bool, "pooled": bool, "simulated_only": bool}
+TABLES: dict[str, Mapping[str, type[Any]]] = {"rule": RULES, "precision": PRECISION_RULES}
+"""Keys that name a part with options of its own, in a table."""
 LARGEST = 1 << 20
 """Bytes of a policy file; nobody writes a longer one."""
 
@@ -63,9 +72,11 @@ def recipe_toml(recipe: Recipe) -> str:
         if part is not None:
             lines.append(f"{key} = {_quoted(_name_of(part, known))}")
     lines += [f"{key} = {str(getattr(recipe, key)).lower()}" for key, kind in PLAIN.items() if kind is bool]
-    lines += ["", "[rule]", f"name = {_quoted(_name_of(type(recipe.rule), RULES))}"]
-    values: dict[str, Any] = asdict(cast(Any, recipe.rule)) if is_dataclass(recipe.rule) else {}
-    lines += [f"{key} = {_value(value)}" for key, value in values.items()]
+    for key, kinds in TABLES.items():
+        part = getattr(recipe, key)
+        lines += ["", f"[{key}]", f"name = {_quoted(_name_of(type(part), kinds))}"]
+        values: dict[str, Any] = asdict(cast(Any, part)) if is_dataclass(part) else {}
+        lines += [f"{option} = {_value(value)}" for option, value in values.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
@@ -115,10 +126,10 @@ def _composed(told: dict[str, Any], wrong: Callable[[str, str], InputError]) -> 
             if not isinstance(value, PLAIN[key]):
                 raise wrong(key, f"{key} must be a {PLAIN[key].__name__}, got {value!r}")
             parts[key] = value
-        elif key == "rule":
-            parts[key] = _rule(value, wrong)
+        elif key in TABLES:
+            parts[key] = _part(key, value, wrong)
         else:
-            raise wrong(key, f"{key} is not a part of a policy; known: base, {', '.join([*CHOICES, *PLAIN, 'rule'])}")
+            raise wrong(key, f"{key} is not a part of a policy; known: base, {', '.join([*CHOICES, *PLAIN, *TABLES])}")
     if base is not None:
         return replace(POLICIES[base], **parts)
     if "placement" not in parts:
@@ -126,20 +137,27 @@ def _composed(told: dict[str, Any], wrong: Callable[[str, str], InputError]) -> 
     return Recipe(**{"summary": "", **parts})
 
 
-def _rule(told: Any, wrong: Callable[[str, str], InputError]) -> Rule:
-    if not isinstance(told, dict) or told.get("name") not in RULES:
-        raise wrong("rule", f"rule needs a name, one of: {', '.join(RULES)}")
-    kind = RULES[told.pop("name")]
+def _part(what: str, told: Any, wrong: Callable[[str, str], InputError]) -> Any:
+    """A rule or precision from its table."""
+    kinds = TABLES[what]
+    if not isinstance(told, dict) or told.get("name") not in kinds:
+        raise wrong(what, f"{what} needs a name, one of: {', '.join(kinds)}")
+    kind = kinds[told.pop("name")]
     known: dict[str, Any] = {one.name: one for one in fields(kind)} if is_dataclass(kind) else {}
     for key, value in told.items():
         if key not in known:
-            raise wrong(key, f"{key} is not an option of this rule; known: {', '.join(known) or 'none'}")
-        if type(value).__name__ not in str(known[key].type):
+            raise wrong(key, f"{key} is not an option of this {what}; known: {', '.join(known) or 'none'}")
+        if type(value) is int and "float" in str(known[key].type):
+            told[key] = float(value)
+        elif type(value).__name__ not in str(known[key].type):
             raise wrong(key, f"{key} must be {known[key].type}, got {value!r}")
     for key, field in known.items():
         if field.default is MISSING and key not in told:
-            raise wrong("rule", f"this rule needs {key} ({field.type})")
-    return kind(**told)
+            raise wrong(what, f"this {what} needs {key} ({field.type})")
+    try:
+        return kind(**told)
+    except InputError as error:
+        raise wrong(str(error).partition(" ")[0], str(error)) from None
 
 
 def _line_of(text: str, key: str) -> int:

@@ -7,7 +7,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.sim.eviction import shallow_layers
 from moesim.sim.planner import contiguous, pack
+from moesim.sim.policies.together import (
+    affinity_placement,
+    balanced_affinity_placement,
+    group_placement,
+    node_placement,
+)
 from moesim.sim.residency import EMPTY, Cluster
 from moesim.traces import LoadTable, TokenTable, total_load_LE
 
@@ -43,9 +50,34 @@ def resident_placement(cluster: Cluster, fit_on: TokenTable | LoadTable) -> NDAr
     return placed
 
 
+def shallow_placement(cluster: Cluster, fit_on: TokenTable | LoadTable) -> NDArray[np.int32]:
+    """[L, G, any] all experts of the first layers (eviction.shallow_layers), and in equal parts of the slots that are
+    left the hottest of the others: for slots that all layers share."""
+    shallow = shallow_layers(cluster)
+    most = -(-cluster.experts // cluster.gpus)
+    whole = np.full((cluster.layers, cluster.gpus, most), EMPTY, np.int32)
+    home_E = np.array([cluster.home_gpu(expert) for expert in range(cluster.experts)])
+    left = cluster.gpu_slots - shallow * most
+    for layer, load_E in enumerate(total_load_LE(fit_on, cluster.experts)):
+        deep = cluster.layers - shallow
+        room = most if layer < shallow else left // deep + (layer - shallow < left % deep)
+        for gpu in range(cluster.gpus):
+            mine = np.flatnonzero(home_E == gpu)
+            hottest = mine[np.argsort(-load_E[mine], kind="stable")][:room]
+            whole[layer, gpu, : len(hottest)] = hottest
+    return whole
+
+
 PLACEMENTS: dict[str, Placement] = {
     "contiguous": contiguous_placement,
     "balanced": balanced_placement,
     "resident": resident_placement,
+    "shallow": shallow_placement,
+    "affinity": affinity_placement,
+    "affinity-balanced": balanced_affinity_placement,
+    "node-aware": node_placement,
+    "group-limited": group_placement,
 }
 """By the name that a policy file gives them."""
+OF_TOKENS: tuple[Placement, ...] = (affinity_placement, balanced_affinity_placement, node_placement)
+"""Those that learn from what every token chose."""

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.predictors import Forecast
-from moesim.sim.planner import eplb, replicas
+from moesim.sim.planner import eplb
+from moesim.sim.replication import PLANS, Need, grouped_eplb, planned
 from moesim.sim.residency import EMPTY, HOST, Residency, Transfer
+from moesim.traces.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class Periodic:
     """
 
     interval: int = 8
+    hierarchical: bool = False
+    """EPLB's hierarchical variant: groups of experts to nodes, then replicas and GPUs within each."""
 
     def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
         """All layers at the start of every `interval`-th step, once there is history."""
@@ -69,7 +73,10 @@ class Periodic:
         c = residency.cluster
         alive = np.flatnonzero(residency.alive_G)
         wanted_GS = np.full((c.gpus, c.layer_slots), EMPTY, np.int32)
-        wanted_GS[alive] = eplb(forecast.load, len(alive), c.layer_slots)
+        if self.hierarchical and len(alive) == c.gpus:
+            wanted_GS[:] = grouped_eplb(forecast.load, c.gpus, c.layer_slots, c.nodes, c.groups)
+        else:
+            wanted_GS[alive] = eplb(forecast.load, len(alive), c.layer_slots)
         now_GS = residency.experts_GS(target.layer)
         moves = []
         for gpu in alive.tolist():
@@ -88,10 +95,26 @@ class Replicate:
     `next_batch=False`: after layer l has routed, for layer l+1 (PROBE, Libra, Lina plan at this distance).
     `next_batch=True`: once a layer's experts have run, for the same layer of the queued step, so that a copy has almost
     a whole step to arrive (predictive replication, arXiv 2605.11537, section on replication ahead of the batch).
+    Raises InputError for an unknown plan.
     """
 
     next_batch: bool
     free: bool = False
+    plan: str = "greedy"
+    """Which experts to copy where, a name of replication.PLANS."""
+    cap: int | None = None
+    """Copies of an expert at most, its home included; None: one on every GPU."""
+    most_moves: int | None = None
+    """Copies of a layer that begin at one decision; None: as many as there are slots."""
+    most_per_gpu: int | None = None
+    """Replicas of a layer that a GPU has, where it has more slots; None: all slots."""
+    hide: bool = False
+    """True: into a GPU begin only as many copies as can arrive before the layer that they are for, where the executor
+    says how fast it is."""
+
+    def __post_init__(self) -> None:
+        if self.plan not in PLANS:
+            raise InputError(f"plan = {self.plan!r} is not known; known: {', '.join(PLANS)}")
 
     def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
         """One layer a point; before anything was planned (the first step), all layers at point 0."""
@@ -108,9 +131,24 @@ class Replicate:
         slots_GS, first = residency.replicas_GS(layer), c.replica_slots(layer).start
         home_EG = _one_hot(residency.experts_GS(layer)[:, : c.home_slots], c.experts)
         have_EG = _one_hot(slots_GS, c.experts)
-        room_G = np.where(residency.alive_G, slots_GS.shape[1], 0)
+        slots = slots_GS.shape[1]
+        most = slots if self.most_per_gpu is None else min(self.most_per_gpu, slots)
+        room_G = np.where(residency.alive_G, most, 0)
         kept = _adopt(forecast.load, home_EG, have_EG, room_G)
-        wanted = kept + replicas(forecast.load, home_EG, have_EG, room_G, residency.slowdown_G)
+        hidden = c.rates.hidden_copies(max(c.layers - 1, 1) if target.queued else 1) if self.hide and c.rates else None
+        need = Need(
+            load_E=forecast.load,
+            sd_E=forecast.load_sd,
+            home_EG=home_EG,
+            have_EG=have_EG,
+            room_G=room_G,
+            new_G=room_G if hidden is None else np.minimum(room_G, hidden),
+            moves=c.gpus * slots if self.most_moves is None else self.most_moves,
+            cap=c.gpus if self.cap is None else self.cap,
+            slowdown_G=residency.slowdown_G,
+            rates=c.rates,
+        )
+        wanted = kept + planned(self.plan, need)
         moves = []
         for gpu in range(c.gpus):
             keep = {e for e, g in wanted if g == gpu}
@@ -118,38 +156,6 @@ class Replicate:
             free = [i for i, expert in enumerate(slots_GS[gpu]) if expert not in keep]
             for i, expert in zip(free, new, strict=False):
                 moves.append(_copy(residency, layer, expert, gpu, first + i, free=self.free))
-        return moves
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefetch:
-    """Where the host backs the GPUs' slots: after layer l has routed, bring what layer l+1 is forecast to need.
-
-    Each GPU takes its experts by forecast load, as many as it has slots and no more than there are choices to make (a
-    token alone brings its K likeliest), over those that are forecast least. Source:
-    the rule that offloading systems share (Pre-gated MoE, arXiv 2308.12066; MoE-Infinity, arXiv 2401.14361).
-    """
-
-    def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
-        """The next layer."""
-        return [Target(layer=point)] if point < layers else ()
-
-    def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
-        """Copies from the host that nobody waits for yet."""
-        c, load_E = residency.cluster, forecast.load
-        slots_GS = residency.experts_GS(target.layer)
-        home_E = np.array([c.home_gpu(e) for e in range(c.experts)])
-        most = min(c.layer_slots, max(round(float(load_E.sum())), 1))
-        moves = []
-        for gpu in np.flatnonzero(residency.alive_G).tolist():
-            mine = np.flatnonzero((home_E == gpu) & (load_E > 0))
-            wanted = mine[np.argsort(-load_E[mine], kind="stable")][:most].tolist()
-            # Empty slots first, then what is forecast least.
-            worth_S = np.where(slots_GS[gpu] == EMPTY, -1.0, load_E[slots_GS[gpu]])
-            free = [i for i in np.argsort(worth_S, kind="stable").tolist() if slots_GS[gpu, i] not in wanted]
-            new = [e for e in wanted if e not in slots_GS[gpu]]
-            for i, expert in zip(free, new, strict=False):
-                moves.append(_copy(residency, target.layer, expert, gpu, target.layer * c.layer_slots + i))
         return moves
 
 

@@ -5,9 +5,11 @@ be read. This is the one place where a policy is registered; the command line de
 from __future__ import annotations
 
 from moesim.sim.dispatch import even_split
-from moesim.sim.policies.placements import balanced_placement, contiguous_placement, resident_placement
+from moesim.sim.policies.offloading_systems import OFFLOADING
+from moesim.sim.policies.parallel_systems import PARALLEL
+from moesim.sim.policies.placements import balanced_placement, contiguous_placement
 from moesim.sim.policies.recipe import Recipe
-from moesim.sim.policies.rules import Periodic, Prefetch, Replicate
+from moesim.sim.policies.rules import Periodic, Replicate
 
 POLICIES: dict[str, Recipe] = {
     "contiguous": Recipe(
@@ -54,24 +56,6 @@ POLICIES: dict[str, Recipe] = {
         rule=Replicate(next_batch=False, free=True),
         simulated_only=True,
     ),
-    "on-demand": Recipe(
-        summary="slots for some experts only, the rest in host memory: copied when needed, least recently used goes",
-        placement=resident_placement,
-        miss="wait",
-        simulated_only=True,
-    ),
-    "on-demand-cpu": Recipe(
-        summary="on-demand, but a missing expert runs on the CPU where that is faster than its copy (Fiddler)",
-        placement=resident_placement,
-        miss="cpu",
-        simulated_only=True,
-    ),
-    "prefetch-layer": Recipe(
-        summary="on-demand, and what the next layer is forecast to need is copied before it is asked for",
-        placement=resident_placement,
-        predictor="markov",
-        rule=Prefetch(),
-        miss="wait",
-        simulated_only=True,
-    ),
+    **OFFLOADING,
+    **PARALLEL,
 }

@@ -13,7 +13,7 @@ from moesim.cli import main
 from moesim.sim import runs
 from moesim.sim.events import result_of
 from moesim.sim.log import read_log
-from moesim.sim.policies import POLICIES, offloading
+from moesim.sim.policies import POLICIES, is_trained, needs_tokens, offloading
 from moesim.sim.profile import load_profile
 from moesim.sim.results import load_results
 from moesim.traces import LoadTable, Phase, load_LE
@@ -37,8 +37,11 @@ def run(*arguments, trace):
 def test_the_tables_and_their_footnotes(trace):
     result = run("--policy", "all", "--profile", NODE, "--batch-tokens", 64, "--dtype", "bfloat16", trace=trace)
     assert result.exit_code == 0, result.output
-    for name in (name for name in POLICIES if name not in offloading()):
-        assert result.stdout.count(f"│ {name} ") == 4
+    everywhere = [name for name in POLICIES if name not in offloading()]
+    left_out = [name for name in everywhere if is_trained(name) or "gate" in (POLICIES[name].predictor or "")]
+    for name in everywhere:
+        assert result.stdout.count(f"│ {name} ") == (0 if name in left_out else 4)
+        assert (name in result.stderr) == (name in left_out)
     for words in (
         "Speedup over contiguous (simulated)",
         "encoder of switch, 8 GPUs, 64 tokens a step in order of arrival, 5 steps, 320 tokens",
@@ -47,7 +50,23 @@ def test_the_tables_and_their_footnotes(trace):
         "time of decisions: not modelled",
     ):
         assert words in result.stdout
-    assert result.stderr == ""
+    assert result.stderr.startswith("left out: ") and result.stderr.count("\n") == 1
+    assert "(trains a net first, so it is run where it is named)" in result.stderr
+    assert "(asks the gates of later layers: record with --lookahead 1 or more)" in result.stderr
+
+
+def test_all_policies_with_too_few_slots_and_what_became_of_their_copies(trace):
+    options = ["--policy", "all", "--profile", "1xRTX4090-PCIe", "--resident", 3, "--batch-tokens", 4, "--max-steps", 8]
+    result = run(*options, trace=trace)
+    assert result.exit_code == 0, result.output
+    for name in ("on-demand", "lfu", "arc", "belady", "prefetch-layer", "moe-infinity", "oracle-prefetch"):
+        assert result.stdout.count(f"│ {name} ") == 5
+    for words in ("Experts that were there when they were needed", "wasted: prefetched and displaced unused"):
+        assert words in result.stdout
+    assert "fiddler (is the same as on-demand-cpu)" in result.stderr
+    assert "hobbit, hobbit-exact, fate, pre-gated (asks the gates of later layers" in result.stderr
+    told = json.loads(run(*options, "--json", trace=trace).stdout)["results"][0]["metrics"]["cache"]
+    assert len(told["hit_rate_L"]) == 3 and 0 < told["hit_rate"] < 1 and told["prefetch_precision"] is None
 
 
 def test_json_is_all_that_is_on_stdout(trace):
@@ -194,18 +213,12 @@ def loads(trace, tmp_path_factory):
 def test_loads_run_whatever_needs_no_tokens(loads):
     result = run("--policy", "all", "--profile", NODE, "--gpus", 2, "--batch-tokens", 64, "--json", trace=loads)
     assert result.exit_code == 0, result.output
-    assert (
-        "left out, as the trace holds loads and no tokens: predictive-layer, predictive-buffered, predictive-batch"
-        in result.stderr
-    )
+    assert "left out: predictive-layer, predictive-buffered, predictive-batch" in result.stderr
+    assert "(learns from what every token chose, and this recording has loads only)" in result.stderr
     told = json.loads(result.stdout)
-    assert [entry["policy"] for entry in told["results"]] == [
-        "contiguous",
-        "balanced",
-        "eplb",
-        "oracle-batch",
-        "oracle",
-    ]
+    ran = [entry["policy"] for entry in told["results"]]
+    assert ran[:5] == ["contiguous", "balanced", "eplb", "oracle-batch", "oracle"]
+    assert not any(needs_tokens(name) for name in ran)
     config = told["config"]
     assert (config["recorded"], config["split"], config["steps"], config["tokens"]) == ("loads", "time", 5, 320)
     # The same tokens reach the same GPUs whether they were recorded or drawn: contiguous placement, later half.

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import MS, node, scripted, two_layers
+from nodes import MS, node, quick_policy, scripted, two_layers
 
-from helpers import make_spec, make_table
+from helpers import make_spec, make_table, with_router_inputs
 from moesim.sim.driver import DecisionLog
 from moesim.sim.engine import simulate
 from moesim.sim.execution import Execution
-from moesim.sim.policies import POLICIES, make_policy
+from moesim.sim.policies import POLICIES
 from moesim.sim.profile import Link, load_profile
 from moesim.sim.residency import Transfer
 from moesim.sim.scenario import make_scenario
@@ -189,16 +189,22 @@ def test_copies_in_all_directions_never_wait_for_each_other_in_a_circle(links, o
 
 
 def scenario(gpus=2, batch_tokens=64, extra_slots=1, phase=Phase.ENCODER, stack="encoder", **table):
-    made = make_table(phase=phase, **table)
+    made, gates = with_router_inputs(make_table(phase=phase, **table))
     spec = make_spec(made.num_layers, 8, top_k=made.topk_ids.shape[2])
     spec = replace(spec, stacks=(replace(spec.stacks[0], name=stack),))
     return make_scenario(
-        spec, made, phase=phase, gpus=gpus, workload=Workload(batch=batch_tokens), extra_slots=extra_slots
+        spec,
+        made,
+        phase=phase,
+        gpus=gpus,
+        workload=Workload(batch=batch_tokens),
+        extra_slots=extra_slots,
+        gates=gates,
     )
 
 
 def fitted(scene, name):
-    return make_policy(name, scene.cluster, scene.fit)
+    return quick_policy(name, scene)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -225,7 +231,9 @@ def test_where_experts_are_bound_by_flops_the_oracle_bounds_all_but_for_the_plan
 ):
     """The planner is greedy and stops at 1% of the mean load, so another policy may be luckier by about as much."""
     scene = scenario(gpus=gpus, extra_slots=extra, requests=16, length=16, seed=seed, noise=noise)
-    experts_s = {n: simulate(scene, fitted(scene, n), node(**COMPUTE_ONLY)).phase_s()["experts"] for n in POLICIES}
+    # Without those that execute something else than the router's choice, or differ only where experts are missing.
+    names = [n for n, parts in POLICIES.items() if not parts.lossy and parts.miss is None]
+    experts_s = {n: simulate(scene, fitted(scene, n), node(**COMPUTE_ONLY)).phase_s()["experts"] for n in names}
     perfect = sum(int((~s.dropped).sum()) for s in scene.steps()) * MS / gpus
     assert experts_s["oracle"] >= perfect * (1 - 1e-9)
     for name, seconds in experts_s.items():

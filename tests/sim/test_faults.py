@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import MS, node, scripted, two_layers
+from nodes import MS, node, quick_policy, scripted, two_layers
 from scipy.optimize import linprog
 
-from helpers import make_spec, make_table
+from helpers import make_spec, make_table, with_router_inputs
 from moesim.sim.dispatch import exact_split
 from moesim.sim.engine import simulate
 from moesim.sim.execution import Execution
 from moesim.sim.faults import Fault, parse_fault
 from moesim.sim.planner import eplb, replicas
-from moesim.sim.policies import POLICIES, make_policy, offloading
+from moesim.sim.policies import POLICIES, offloading
 from moesim.sim.residency import HOST, Transfer
 from moesim.sim.scenario import make_scenario
 from moesim.traces import InputError, Phase, Workload
@@ -24,7 +24,7 @@ COPY = Transfer(layer=1, expert=0, source=0, target=1, slot=3)
 
 
 def scenario(gpus=4, requests=80, extra_slots=2, resident=None, **table):
-    made = make_table(requests=requests, length=16, **table)
+    made, gates = with_router_inputs(make_table(requests=requests, length=16, **table))
     return make_scenario(
         make_spec(top_k=made.topk_ids.shape[2]),
         made,
@@ -33,12 +33,13 @@ def scenario(gpus=4, requests=80, extra_slots=2, resident=None, **table):
         workload=Workload(batch=96),
         extra_slots=extra_slots,
         resident=resident,
+        gates=gates,
     )
 
 
 def run(scene, policy, *faults, profile=None, **options):
     events = []
-    made = make_policy(policy, scene.cluster, scene.fit)
+    made = quick_policy(policy, scene)
     found = [parse_fault(text) for text in faults]
     return simulate(scene, made, profile or node(), faults=found, events=events.append, **options), events
 

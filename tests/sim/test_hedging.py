@@ -85,6 +85,19 @@ def test_hedging_pays_where_forecasts_are_wrong_and_costs_nothing_where_they_are
     assert hedged >= greedy - 0.002
 
 
+def test_what_is_there_stays_unless_something_is_better():
+    rng = np.random.default_rng(0)
+    load = rng.gamma(2.0, 10.0, 64)
+    home = homes(64, 8, load)
+    plan = hedged_replicas(load, None, home, 1)
+    moved = load * rng.normal(1.0, 0.02, 64)
+    assert set(hedged_replicas(moved, None, home, 1)) != set(plan), "the forecast has changed a little"
+    assert hedged_replicas(moved, None, home, 1, held=plan) == plan
+    other = rng.permutation(load)
+    kept = hedged_replicas(other, None, home, 1, held=plan)
+    assert kept == hedged_replicas(other, None, home, 1) != plan
+
+
 def test_one_gpu_has_nowhere_to_put_a_replica():
     assert hedged_replicas(np.ones(4), None, np.ones((4, 1), bool), 2) == []
 

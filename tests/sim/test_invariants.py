@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import MS, node, scripted, two_layers
+from nodes import MS, node, quick_policy, scripted, two_layers
 
-from helpers import make_spec, make_table
+from helpers import make_spec, make_table, with_router_inputs
 from moesim.sim.engine import simulate
 from moesim.sim.execution import Execution
 from moesim.sim.lane import Compute
@@ -28,6 +28,7 @@ def runs(draw):
     stack = StackSpec(name="encoder" if phase is Phase.ENCODER else "decoder", num_layers=4, moe_layers=(0, 1, 3))
     experts = draw(st.sampled_from([4, 6, 8]))
     table = make_table(12, draw(st.integers(2, 10)), 3, experts, top_k, draw(st.integers(0, 999)), phase, noise=0.4)
+    table, gates = with_router_inputs(table, experts)
     resident = draw(st.integers(1, -(-experts // gpus))) if name in offloading() else None
     scene = make_scenario(
         make_spec(experts=experts, top_k=top_k, stacks=(stack,)),
@@ -37,6 +38,7 @@ def runs(draw):
         workload=Workload(batch=draw(st.sampled_from([3, 20, 60])), split="alternate"),
         extra_slots=draw(st.integers(0, 2)),
         resident=resident,
+        gates=gates,
     )
     size = draw(st.sampled_from([n for n in (1, 2) if gpus % n == 0]))
     execution = Execution(
@@ -62,7 +64,7 @@ def executed(case, **options):
         happened.append(("event", event))
         assert len(happened) < 50_000, "the run does not end"
 
-    policy = make_policy(name, scene.cluster, scene.fit)
+    policy = quick_policy(name, scene)
     result = simulate(
         scene,
         policy,
@@ -100,7 +102,9 @@ def check_tokens(scene, events):
     for number, step in enumerate(scene.steps()):
         for layer in range(3):
             mine = [e for e in events if e["what"] == "experts" and (e["step"], e["layer"]) == (number, layer)]
+            needs = [e for e in events if e["what"] == "needed" and (e["step"], e["layer"]) == (number, layer)]
             done = sum(sum(e["tokens_G"]) + e.get("host", 0) for e in mine)
+            done += sum(e.get("skipped", 0) for e in needs)
             assert done == scene.spec.top_k * int((~step.dropped[:, layer]).sum())
 
 
@@ -108,8 +112,9 @@ def check_slots(scene, policy, happened):
     """No more experts than slots, none twice on a GPU, and a replica computes only after it has arrived."""
     c = policy.cluster
     slots, usable = {}, set()
-    for layer, gpu, i in np.argwhere(policy.placed_LGS >= 0):
-        slots[gpu, layer * c.layer_slots + i] = (layer, int(policy.placed_LGS[layer, gpu, i]))
+    start = policy.start()
+    for gpu, slot in np.argwhere(start.expert_GS >= 0).tolist():
+        slots[gpu, slot] = (int(start.layer_GS[gpu, slot]), int(start.expert_GS[gpu, slot]))
     usable = {(gpu, *held) for (gpu, _), held in slots.items()}
     coming = {}
     for kind, record in happened:
@@ -158,7 +163,7 @@ def test_the_same_inputs_give_the_same_log_and_looking_changes_nothing(case):
     _, first, happened = executed(case)
     _, again, other = executed(case)
     assert repr(happened) == repr(other) and first == again
-    policy = make_policy(name, scene.cluster, scene.fit)
+    policy = quick_policy(name, scene)
     blind = simulate(scene, policy, profile, execution=execution, keep_steps=False)
     assert blind.totals == first.totals and blind.steps == []
 

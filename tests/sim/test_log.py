@@ -5,14 +5,14 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
-from nodes import MS, node, scripted, two_layers
+from nodes import MS, node, quick_policy, scripted, two_layers
 
-from helpers import make_spec, make_table
+from helpers import make_spec, make_table, with_router_inputs
 from moesim.sim.engine import simulate
 from moesim.sim.events import result_of
 from moesim.sim.execution import Execution
 from moesim.sim.log import critical_path, read_log
-from moesim.sim.policies import POLICIES, make_policy, offloading
+from moesim.sim.policies import POLICIES, offloading
 from moesim.sim.residency import Transfer
 from moesim.sim.runs import Inputs, run_policies
 from moesim.sim.scenario import make_scenario
@@ -29,13 +29,16 @@ EXECUTIONS = {
 
 
 def scenario(resident=None, **table):
-    made = make_table(**{"requests": 40, "length": 16, **table})
-    return make_scenario(make_spec(), made, phase=Phase.ENCODER, gpus=4, workload=Workload(batch=96), resident=resident)
+    made, gates = with_router_inputs(make_table(**{"requests": 40, "length": 16, **table}))
+    workload = Workload(batch=96)
+    return make_scenario(
+        make_spec(), made, phase=Phase.ENCODER, gpus=4, workload=workload, resident=resident, gates=gates
+    )
 
 
 def logged(scene, name, profile=None, **options):
     lines = []
-    policy = make_policy(name, scene.cluster, scene.fit)
+    policy = quick_policy(name, scene)
     result = simulate(scene, policy, profile or node(), events=lambda e: lines.append(json.dumps(e)), **options)
     return result, [json.loads(line) for line in lines]
 

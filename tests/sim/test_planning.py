@@ -46,7 +46,7 @@ def check_layout(placed_LGS, experts):
 
 
 @given(seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_layout_holds_every_expert_and_none_twice_on_a_gpu(seed):
     _, experts, gpus, slots, load = cases(seed)
     planned = plan(load, gpus, slots)
@@ -55,7 +55,7 @@ def test_a_layout_holds_every_expert_and_none_twice_on_a_gpu(seed):
 
 
 @given(seeds, st.integers(0, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_few_copies_never_make_it_worse_and_stay_within_their_number(seed, moves):
     rng, experts, gpus, slots, load = cases(seed)
     before = plan(rng.pareto(1, load.shape), gpus, slots).placed_LGS

@@ -9,12 +9,17 @@ import yaml
 from helpers import make_spec, make_table
 from moesim.sim.plan_checks import Server, check_deepseek, check_sglang, check_tensorrt, check_vllm
 from moesim.sim.plans import PLAN_FORMATS, Plan, make_plan, plan_text
-from moesim.sim.policies import POLICIES
+from moesim.sim.policies import POLICIES, is_trained
 from moesim.sim.scenario import unsplit_scenario
 from moesim.traces import InputError, LoadTable, Phase, StackSpec, Workload, load_LE
 
 STACK = StackSpec(name="decoder", num_layers=5, moe_layers=(1, 2, 4))
-PLANNED = [n for n, parts in POLICIES.items() if parts.predictor != "oracle" and not parts.double_buffered]
+PLANNED = [
+    name
+    for name, parts in POLICIES.items()
+    if parts.miss is None and not (parts.clairvoyant or parts.double_buffered or is_trained(name))
+    if "gate" not in (parts.predictor or "")
+]
 SERVER = Server(experts=8, gpus=4, num_layers=5, moe_layers=(1, 2, 4))
 
 

@@ -17,7 +17,8 @@ def test_what_show_prints_is_the_policy_when_read_back(name, tmp_path):
     path.write_text(recipe_toml(POLICIES[name]))
     shown = recipe(str(path))
     assert recipe_toml(shown) == path.read_text()
-    for part in ("placement", "predictor", "rule", "split", "miss", "double_buffered", "simulated_only"):
+    choices = ("placement", "predictor", "rule", "split", "miss", "routing")
+    for part in (*choices, "double_buffered", "phase_locked", "simulated_only"):
         assert getattr(shown, part) == getattr(POLICIES[name], part)
 
 
@@ -39,6 +40,8 @@ def test_a_base_lends_the_parts_that_are_not_named(tmp_path):
         ('placement = "balanced"\n\n[rule]\nname = "periodic"\ninterval = "often"\n', 5, "interval must be int"),
         ('placement = "balanced"\n\n[rule]\nname = "periodic"\nevery = 3\n', 5, "every is not an option"),
         ('placement = "balanced"\n\n[rule]\nname = "replicate"\n', 3, "needs next_batch"),
+        ('base = "probe"\n\n[rule]\nname = "replicate"\nnext_batch = false\nplan = "best"\n', 6, "plan = 'best'"),
+        ('base = "probe"\n\n[rule]\nname = "replicate"\nnext_batch = false\ncap = true\n', 6, "cap must be int"),
         ('placement = "balanced"\nrule = "replicate"\n', 2, "rule needs a name"),
         ('summary = "no parts"\n', 1, "no placement and no base"),
     ],

@@ -74,8 +74,8 @@ def test_results_come_back_as_they_were_written(tmp_path):
         ("{", "not a JSON file"),
         ("[1]", "not a result of moesim"),
         ('{"format": "moesim-result", "version": 99}', "version 99"),
-        ('{"format": "moesim-result", "version": 3}', "damaged result"),
-        ('{"format": "moesim-result", "version": 3, "steps": [{}]}', "damaged result"),
+        ('{"format": "moesim-result", "version": 4}', "damaged result"),
+        ('{"format": "moesim-result", "version": 4, "steps": [{}]}', "damaged result"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, message):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import MS, node
+from nodes import MS, node, quick_policy
 
-from helpers import make_spec, make_table
+from helpers import make_spec, make_table, with_router_inputs
 from moesim.sim.engine import simulate
 from moesim.sim.execution import Execution
 from moesim.sim.policies import POLICIES, make_policy
@@ -19,13 +19,14 @@ from moesim.traces import Phase, StackSpec, Workload
 
 NETWORK = Link(latency_s=2 * MS, bytes_per_s=32e3)
 STATIC = ("contiguous", "balanced")
+MOVE_NOTHING = (*STATIC, "exflow", "moetuner")
 
 
 def scenario(gpus, experts, top_k, phase, batch, seed):
     stack = "encoder" if phase is Phase.ENCODER else "decoder"
-    table = make_table(24, 8, 3, experts, top_k, seed, phase)
+    table, gates = with_router_inputs(make_table(24, 8, 3, experts, top_k, seed, phase), experts)
     spec = make_spec(experts=experts, top_k=top_k, stacks=(StackSpec(name=stack, num_layers=4, moe_layers=(0, 1, 3)),))
-    return make_scenario(spec, table, phase=phase, gpus=gpus, workload=Workload(batch=batch))
+    return make_scenario(spec, table, phase=phase, gpus=gpus, workload=Workload(batch=batch), gates=gates)
 
 
 @given(
@@ -57,7 +58,7 @@ def test_both_ways_agree_to_the_bit(gpus, node_size, experts, top_k, phase, batc
 @pytest.mark.parametrize("name", POLICIES)
 def test_only_policies_that_move_nothing_take_it(name):
     scene = scenario(2, 8, 1, Phase.ENCODER, 32, 0)
-    policy = make_policy(name, scene.cluster, scene.fit)
-    assert is_static(scene, policy, node(), "float32", policy.start().usable_LEG) == (name in STATIC)
+    policy = quick_policy(name, scene)
+    assert is_static(scene, policy, node(), "float32", policy.start().usable_LEG) == (name in MOVE_NOTHING)
     twice = np.ones_like(policy.start().usable_LEG)
     assert not is_static(scene, policy, node(), "float32", twice)
