@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -16,6 +17,8 @@ from moesim.traces import InputError
 
 BASELINE = "contiguous"
 CLUSTER = "8xH100-NVLink"
+OTHERS = 4
+"""Policies that are run on this machine beside the winner and the baseline."""
 
 
 @click.command()
@@ -31,7 +34,7 @@ CLUSTER = "8xH100-NVLink"
 def demo(
     ctx: click.Context, model: Path, out: Path, ranks: int, device: str, max_tokens: int, batch_tokens: int
 ) -> None:
-    """Record, calibrate, simulate, run and compare on the shipped model; leave everything in --out.
+    """Record, calibrate, tune, simulate, run and compare on the shipped model; leave everything in --out.
 
     \b
     moesim demo
@@ -42,7 +45,7 @@ def demo(
     if not samples.is_dir():
         raise InputError(f"{samples}: no such folder; run the demo in a checkout of moesim, or name one with --model")
     trace, profile = out / "trace.moetrace", out / "profile.json"
-    simulated, measured = out / "simulated.json", out / "measured.json"
+    chosen, simulated, measured = out / "winner.toml", out / "simulated.json", out / "measured.json"
     window = ["--batch-tokens", str(batch_tokens)]
 
     def step(title: str, *arguments: object) -> None:
@@ -66,34 +69,39 @@ def demo(
     )
     step("4. Measure this machine", "calibrate", model, "--ranks", ranks, "--device", device, "--out", profile)
     step(
-        "5. Simulate this machine",
+        "5. Choose for this machine: tuned on some held-out requests, confirmed on others",
+        *("tune", trace, "--profile", profile, "--gpus", ranks, *window, "--extra-slots", 1, "--as-named"),
+        *("--out", chosen),
+    )
+    step(
+        "6. Simulate this machine",
         *("simulate", trace, "--policy", "all", "--profile", profile, "--gpus", ranks, *window, "--out", simulated),
     )
-    winner, *others = ranking(load_results(simulated))
+    winner = tomllib.loads(chosen.read_text(encoding="utf-8"))["found"]["policy"]
     step(
-        f"6. Run the winner, {winner}, the others and the baseline on this machine",
-        *("run-gpu", model, "--trace", trace, "--policy", ",".join([winner, *others])),
+        f"7. Run the winner, {winner}, others and the baseline on this machine",
+        *("run-gpu", model, "--trace", trace, "--policy", ",".join(order(load_results(simulated), winner))),
         *("--ranks", ranks, "--device", device, *window),
         *("--out", measured),
     )
-    step("7. Simulated beside measured", "compare", simulated, measured, "--out", out / "comparison.json")
+    step("8. Simulated beside measured", "compare", simulated, measured, "--out", out / "comparison.json")
     picture = draw(load_results(measured), winner, out)
     console.print(f"\nAll files are in {out}; the picture is {picture}.", highlight=False)
 
 
-def ranking(results: list[Result]) -> list[str]:
-    """The policies that can be run and do not know the future, the fastest first; the baseline is not a candidate."""
-    fair = [
-        r
-        for r in results
-        if r.policy != BASELINE and POLICIES[r.policy].predictor != "oracle" and not POLICIES[r.policy].simulated_only
-    ]
-    return [result.policy for result in sorted(fair, key=lambda result: result.total_s)]
+def order(results: list[Result], winner: str) -> list[str]:
+    """The winner, then the fastest others that can be run and do not know the future, as many as are soon run; the
+    baseline is run anyway."""
+    fair = [r for r in results if not POLICIES[r.policy].clairvoyant and not POLICIES[r.policy].simulated_only]
+    names = [result.policy for result in sorted(fair, key=lambda result: result.total_s)]
+    others = [name for name in names if name not in (BASELINE, winner)]
+    return [winner, *others[:OTHERS]]
 
 
 def draw(results: list[Result], winner: str, out: Path) -> Path:
-    """The picture of baseline and winner, and beside it the winner's name for scripts."""
-    chosen = [result for name in (BASELINE, winner) for result in results if result.policy == name]
+    """The picture of baseline and winner (once, where they are the same), and beside it the winner's name for
+    scripts."""
+    chosen = [result for name in dict.fromkeys([BASELINE, winner]) for result in results if result.policy == name]
     path = out / "load.png"
     load_over_time(chosen, path, "Tokens on each GPU, layer after layer")
     (out / "winner.json").write_text(json.dumps({"winner": winner, "baseline": BASELINE}) + "\n", encoding="utf-8")

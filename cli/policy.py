@@ -26,7 +26,11 @@ def policy() -> None:
 @policy.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else on stdout.")
 def list_policies(as_json: bool) -> None:
-    """All named policies, with what they do."""
+    """All named policies, with what they do.
+
+    \b
+    moesim policy list
+    """
     told = {
         name: {"summary": one.summary, "offloads": one.miss is not None, "simulated_only": one.simulated_only}
         for name, one in POLICIES.items()
@@ -46,7 +50,12 @@ def list_policies(as_json: bool) -> None:
 @policy.command()
 @click.argument("name")
 def show(name: str) -> None:
-    """The parts of NAME (a policy, a .toml file, or package.module:factory) as TOML that --policy accepts."""
+    """The parts of NAME (a policy, a .toml file, or package.module:factory) as TOML that --policy accepts.
+
+    \b
+    moesim policy show eplb
+    moesim policy show eplb > mine.toml
+    """
     found = recipe(name)
     if found.deviations:
         click.echo("".join(f"# {line}\n" for line in found.deviations.splitlines()), nl=False)

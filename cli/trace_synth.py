@@ -81,7 +81,7 @@ def synth(
         spec = synthetic_spec(shape)
         target = Statistics(skew=(3.0 if skew is None else skew,) * shape.layers, **asked)
     spec = spec.with_widths(shapes) if shapes else spec
-    report = _make(spec, shape, target, seed, out, like, force=force)
+    report = make_trace(spec, shape, target, seed, out, like, force=force)
     if as_json:
         click.echo(json.dumps(report))
     else:
@@ -136,9 +136,11 @@ def _first_tokens(trace: Trace, stack: str) -> TokenTable:
     return concat(parts).take(slice(MEASURED_TOKENS))
 
 
-def _make(
+def make_trace(
     spec: ModelSpec, shape: Shape, target: Statistics, seed: int, out: Path, like: Path | None, *, force: bool
 ) -> dict[str, Any]:
+    """Fit the generator to `target` and write what it makes to `out`; a report of what was reached. Raises InputError
+    where a statistic cannot be measured."""
     with progress_bar("fitting") as progress:
         knobs = fit(target, shape, seed, progress)
     about = {

@@ -31,8 +31,14 @@ SURFACE = {
     "--epochs --device --checkpoints --save --load --json --out --picture",
     "simulate": f"--policy --baseline --profile --gpus {WORKLOAD} --phase --extra-slots --resident --max-steps "
     "--shapes --dtype --contention --tensor-parallel --micro-batches --no-overlap --send --copy-dtype --arrivals "
-    "--requests --seed --max-running --ttft-ms --tpot-ms --fault --workers --json --out --picture --timeline "
-    "--event-log --decision-log",
+    "--requests --seed --max-running --ttft-ms --tpot-ms --fault --quality --workers --json --out --picture "
+    "--timeline --event-log --decision-log",
+    "sweep": "--policy --baseline --profile --gpus --batch-tokens --extra-slots --resident --skew --shapes --phase "
+    "--chunked --shuffle --split --max-steps --dtype --contention --tensor-parallel --micro-batches --no-overlap "
+    "--send --copy-dtype --grid --out --workers --ray --optuna --objective --seed --map --where --json",
+    "tune": f"--profile --gpus --policies --extra-slots --as-named {WORKLOAD} --phase --resident --max-steps --shapes "
+    "--dtype --contention --tensor-parallel --micro-batches --no-overlap --send --copy-dtype --memory-gib --latency-ms "
+    "--allow-lossy --quality --budget-seconds --out --json",
     "explain": "--policy --step --timeline --json",
     "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
     "--repeats --warmup --dtype --json --out --decision-log",
@@ -40,7 +46,11 @@ SURFACE = {
     "profile list": "--json",
     "profile show": "--json",
     "profile check": "--json",
-    "compare": "--baseline --json --out",
+    "quality": "--policy --trace --text --resident --phase --batch-requests --max-requests --split --copy-dtype --gate "
+    "--seed --dtype --device --json --out",
+    "policy list": "--json",
+    "policy show": "",
+    "compare": "--baseline --quality --json --out",
     "demo": "--model --out --ranks --device --max-tokens --batch-tokens",
 }
 
