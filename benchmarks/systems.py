@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 from collections.abc import Iterator
+from copy import deepcopy
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,10 @@ from systems_plan import CASES, CLAIMS, TRACES, Case
 from systems_report import report
 
 from moesim.cli import main as moesim
+from moesim.predictors import Predictor
+from moesim.sim.engine import simulate
+from moesim.sim.policies import make_policy, recipe
 from moesim.sim.profile import load_profile
-from moesim.sim.runs import Inputs, run_policies
 from moesim.sim.scenario import STACK_OF_PHASE, make_scenario
 from moesim.traces.errors import MoesimError
 from moesim.traces.store import Trace
@@ -57,7 +60,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--esft", type=Path, help="folder of the four npz files; without it those cases are left out")
     parser.add_argument("--quick", action="store_true", help="few steps")
     parser.add_argument("--again", action="store_true", help="run everything anew")
-    parser.add_argument("--quality", type=Path, help="JSON of moesim quality for policies that are not exact")
+    newest = max((ROOT / "benchmarks/results").glob("*-quality.json"), default=None)
+    parser.add_argument("--quality", type=Path, default=newest, help="JSON of moesim quality  [default: newest]")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/systems.md")
     return parser.parse_args()
 
@@ -97,10 +101,17 @@ def _runs(case: Case, trace: Trace, policies: list[str], steps: int) -> Iterator
         request_texts=trace.request_texts,
         gates=trace.gates(stack),
     )
-    inputs = Inputs(scenario=scenario, profile=load_profile(case.profile), execution=case.execution)
+    profile = load_profile(case.profile)
+    fitted: dict[str, Predictor] = {}
     for policy in policies:
+        predictor = recipe(policy).predictor
         try:
-            (result,) = run_policies([policy], inputs, logs={})
+            made = make_policy(
+                policy, scenario.cluster, scenario.fit, scenario.gates, fitted=deepcopy(fitted.get(predictor or ""))
+            )
+            if predictor and made.predictor:
+                fitted.setdefault(predictor, deepcopy(made.predictor))
+            result = simulate(scenario, made, profile, execution=case.execution)
         except MoesimError as error:
             yield policy, {"why": str(error)}
             continue

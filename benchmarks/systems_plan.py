@@ -128,15 +128,27 @@ CASES = (
         shapes="switch-base",
     ),
     Case(
+        name="switch-mini-8192",
+        title="the same in large batches, 8,192 tokens a step, where tokens weigh more than weights",
+        traces=("switch-mini",),
+        phase=Phase.ENCODER,
+        workload=Workload(batch=8192),
+        policies=PARALLEL,
+        profile="8xA100-NVLink",
+        gpus=8,
+        max_steps=12,
+        shapes="switch-base",
+    ),
+    Case(
         name="esft-offload",
         title="DeepSeek-V2-Lite, the tokens one by one as in decode, 16 of 64 experts resident",
-        traces=("law-decode", "intent-decode"),
+        traces=("law-decode",),
         phase=Phase.DECODE,
         workload=Workload(batch=1, unit="requests", split="alternate"),
-        policies=OFFLOADING,
+        policies=tuple(name for name in OFFLOADING if name not in ("diff-moe", "expertflow")),
         profile="1xRTX4090-PCIe",
         gpus=1,
-        max_steps=120,
+        max_steps=80,
         shapes="deepseek-v2-lite",
         resident=16,
     ),
@@ -167,7 +179,10 @@ class Claim:
     cases: tuple[str, ...]
 
 
-EP = ("esft-64", "esft-1024", "switch-128-like", "switch-mini")
+EP = ("esft-64", "esft-1024", "switch-128-like", "switch-mini", "switch-mini-8192")
+MINI = ("switch-mini", "switch-mini-8192")
+LONG = ("esft-64", *MINI)
+"""Cases of more steps than EPLB's interval."""
 OFF = ("esft-offload", "mini-offload")
 
 CLAIMS = (
@@ -176,49 +191,49 @@ CLAIMS = (
         reports="up to 3x lower latency on Switch-base-128 on one A100, 90-95% of the quality",
         faster="predictive-replication",
         slower="contiguous",
-        cases=("switch-128-like", "switch-mini"),
+        cases=MINI,
     ),
     Claim(
         system="PROBE (arXiv 2602.00509)",
         reports="prefill up to 1.32x over static expert parallelism; imbalance 2.13 to 1.09",
         faster="probe",
         slower="contiguous",
-        cases=("switch-mini",),
+        cases=MINI,
     ),
     Claim(
         system="PROBE, its frozen gates only",
         reports="a trained correction raises top-k accuracy from 70-80% to 87-94%",
         faster="probe",
         slower="probe-gate",
-        cases=("switch-mini",),
+        cases=MINI,
     ),
     Claim(
         system="PROBE (arXiv 2602.00509)",
         reports="decode up to 1.26x over EPLB",
         faster="probe",
         slower="eplb",
-        cases=("switch-mini",),
+        cases=MINI,
     ),
     Claim(
         system="EPLB (DeepSeek)",
         reports="1.49x prefill, 2.54x decode over none in a deployment on 96 GPUs",
         faster="eplb",
         slower="contiguous",
-        cases=EP,
+        cases=LONG,
     ),
     Claim(
         system="LPLB (DeepSeek)",
         reports="an optimal split of each batch over EPLB's replicas",
         faster="lplb",
         slower="eplb",
-        cases=EP,
+        cases=LONG,
     ),
     Claim(
         system="MoE-GPS",
         reports="the exact forecast wins at high skew or on slow links",
         faster="moe-gps-token",
         slower="moe-gps-distribution",
-        cases=("switch-mini",),
+        cases=MINI,
     ),
     Claim(
         system="Lina (ATC'23)",
@@ -232,7 +247,7 @@ CLAIMS = (
         reports="up to +19.2% on 8xH200",
         faster="libra",
         slower="contiguous",
-        cases=("switch-mini",),
+        cases=MINI,
     ),
     Claim(
         system="FasterMoE, FlexMoE, Prophet",
@@ -253,7 +268,7 @@ CLAIMS = (
         reports="(this project) better than what plans from history",
         faster="weighed",
         slower="eplb",
-        cases=EP,
+        cases=LONG,
     ),
     Claim(
         system="SP-MoE (arXiv 2510.10302)",
@@ -295,7 +310,7 @@ CLAIMS = (
         reports="1.55x over MoE-Infinity, Switch-base on H200",
         faster="diff-moe",
         slower="moe-infinity",
-        cases=OFF,
+        cases=("mini-offload",),
     ),
     Claim(
         system="ExpertFlow",
