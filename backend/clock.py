@@ -45,7 +45,7 @@ class CudaClock:
 
     def mark(self) -> None:
         """Enqueue an event."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch gives it no types
         event.record()
         self._marks.append(event)
 

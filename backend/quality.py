@@ -15,7 +15,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from moesim.sim.residency import Cluster
 from moesim.traces import InputError, Phase, StepTokens, TokenTable, split_requests, vocabulary_ids
 from moesim.traces.store import Trace, files_digest
 
-STACKS = ("encoder", "decoder")
+STACKS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 HOST_TOKENS = 4
 """Experts with at most so many tokens count as cheaper on the host; which, changes no output."""
 Progress = Callable[[str, float], None]
@@ -105,7 +105,7 @@ def measure(folder: Path, trace: Trace, settings: Settings, progress: Progress |
     del exact
     model = load_model(folder, settings.dtype)
     options: dict[str, Any] = {"copy_dtype": settings.copy_dtype, "asynchronous": settings.asynchronous}
-    offloads = {stack: Offload(model, stack, device, **options) for stack in STACKS}  # type: ignore[arg-type] # names
+    offloads: dict[str, Offload] = {stack: Offload(model, stack, device, **options) for stack in STACKS}
     for stack, offload in offloads.items():
         check_trace(trace.spec, stack, offload.patched)
     model.to(device)

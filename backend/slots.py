@@ -125,7 +125,7 @@ class Threaded:
         self.pending: list[Copy] = []
         self._device = slots.rows_SP.device
         on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call] # torch's
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call] # as in clock.py
         self._ready: torch.cuda.Event | None = None
         self._demand: list[Copy] = []
         self._prefetch: list[Copy] = []

@@ -139,13 +139,14 @@ def patch(stack: Any, exchange: Exchange) -> SwitchStack:
 def check_trace(spec: ModelSpec, stack_name: str, patched: SwitchStack) -> None:
     """Raise InputError naming the first difference between a recording and the model that is to run it."""
     recorded = spec.stack(stack_name)
+    model: Any = patched.stack
     pairs = {
         "d_model": (spec.sized().d_model, patched.shape.d_model),
         "d_ff": (spec.sized().d_ff, patched.shape.d_ff),
         "experts": (spec.num_experts, patched.experts),
-        "layers": (recorded.num_layers, len(patched.stack.block)),  # type: ignore[arg-type]
+        "layers": (recorded.num_layers, len(model.block)),
         "MoE layers": (recorded.moe_layers, patched.layers),
-        "vocabulary": (spec.vocab_size, patched.stack.embed_tokens.num_embeddings),  # type: ignore[union-attr]
+        "vocabulary": (spec.vocab_size, model.embed_tokens.num_embeddings),
     }
     for what, (in_trace, in_model) in pairs.items():
         if in_trace != in_model:

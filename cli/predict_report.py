@@ -65,8 +65,8 @@ def _tables(report: dict[str, Any], horizon: str) -> list[Table]:
     ahead = f"{horizon} layer{'s' if horizon != '1' else ''} ahead, mean over layers"
     rows = {name: numbers["horizons"][horizon] for name, numbers in told.items()}
     tables = []
-    for title, columns in (("Tokens", token_columns(report)), ("Loads", load_columns(report))):
-        columns = {key: name for key, name in columns.items() if any(key in row for row in rows.values())}  # noqa: PLW2901
+    for title, known in (("Tokens", token_columns(report)), ("Loads", load_columns(report))):
+        columns = {key: name for key, name in known.items() if any(key in row for row in rows.values())}
         table = Table(title=f"{title}, {ahead}", title_justify="left")
         table.add_column("predictor", no_wrap=True)
         for name in columns.values():

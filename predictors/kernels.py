@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from moesim.traces.compiled import compiled
 
 ONE, HALF = np.float32(1), np.float32(0.5)
 
@@ -23,7 +24,7 @@ def linear(experts: int, numbers: int) -> Any:
     be compared for overlap and cut into vectors again for every expert, which takes as long as adding them."""
     E, C = experts, numbers
 
-    @njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @compiled(fastmath=True, error_model="numpy")
     def add(ids_TK: Any, values_TKC: Any, own_T: Any, map_XE: Any, score_TE: Any) -> None:
         """score[t] += sum over experts and numbers of values[t, k, c] * map[C * ids[t, k] + c], and own[t] * map[C * E]
         where the layer has a number of its own (map has C * E + 1 rows then)."""
@@ -51,7 +52,7 @@ def linear(experts: int, numbers: int) -> Any:
     return add
 
 
-@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@compiled(fastmath=True, error_model="numpy")
 def described(weight_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
     """What gate weights say: of each chosen expert 1, the logarithm of its weight, and that over the weight of an
     average one of the `others`, which were not chosen; of the token how much these have. Each shifted to be near 0."""
@@ -68,7 +69,7 @@ def described(weight_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
         own_T[t] = np.float32(2) * (rest + np.float32(5))
 
 
-@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@compiled(fastmath=True, error_model="numpy")
 def weighed(
     opinion_JTE: Any, weight_J: Any, bias: Any, least: Any, inclusion_TE: Any, top_TK: Any, load_E: Any
 ) -> None:
@@ -92,7 +93,7 @@ def weighed(
             load_E[e] += row_E[e]
 
 
-@njit(fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+@compiled(fastmath=True, inline="always")
 def _log(x: Any) -> Any:
     """Natural logarithm of a positive, normal float32: Cephes' logf, as numba's own cannot be made vectors of."""
     bits = np.float32(x).view(np.int32)
@@ -113,7 +114,7 @@ def _log(x: Any) -> Any:
     return m + (y * m * m * m - HALF * m * m + power * np.float32(0.6931471806))
 
 
-@njit(fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+@compiled(fastmath=True, inline="always")
 def _exp(x: Any) -> Any:
     """Exponential of a float32, which is kept within +-87: Cephes' expf, for the same reason."""
     x = min(max(x, np.float32(-87)), np.float32(87))
@@ -129,7 +130,7 @@ def _exp(x: Any) -> Any:
     return (y * m * m + m + ONE) * scale
 
 
-@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@compiled(fastmath=True, error_model="numpy")
 def _scale(row_E: Any, top: int) -> None:
     """Those that reach 1 stay there, the others share what is left; again until no other one reaches it."""
     full, scale = np.float32(-1), np.float32(0)
@@ -148,7 +149,7 @@ def _scale(row_E: Any, top: int) -> None:
         row_E[e] = min(row_E[e] * scale, ONE)
 
 
-@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@compiled(fastmath=True, error_model="numpy")
 def _likeliest(row_E: Any, top_K: Any) -> None:
     """The highest below the last one, again and again; ties to the lower id. Compared are whole numbers, the bits of
     the probability before those of the id: these rank like positive floats, and their maximum is found in vectors."""

@@ -56,12 +56,12 @@ def exact_split(
     split is better: the GPUs that a chain reaches hold at least max - 1 tokens each, which can go nowhere else. Where
     GPUs differ in speed, how busy one is is its tokens times its slowdown.
     """
-    from moesim.sim.planning_kernels import exact_split as compiled  # only who splits pays for it
+    from moesim.sim.planning_kernels import exact_split as kernel  # compiled: only who splits pays for it
 
     slowdown_G = np.ones(usable_EG.shape[1]) if slowdown_G is None else slowdown_G
     _need_a_copy(load_E, usable_EG.sum(axis=1))
     tokens_EG = np.zeros(usable_EG.shape, np.int64)
-    compiled(np.asarray(load_E, np.int64), usable_EG, slowdown_G, bool((slowdown_G != 1).any()), tokens_EG)
+    kernel(np.asarray(load_E, np.int64), usable_EG, slowdown_G, bool((slowdown_G != 1).any()), tokens_EG)
     return tokens_EG
 
 

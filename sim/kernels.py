@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from moesim.traces.compiled import compiled
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def place(
     request_T: Any,
     position_T: Any,
@@ -48,7 +49,7 @@ def place(
         begin = ends_S[s]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def count(
     ids_NLK: Any,
     dropped_NL: Any,
@@ -111,7 +112,7 @@ def count(
         begin = ends_S[s]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _nodes(rank_T: Any, node_G: Any, place_N: Any) -> int:
     """Number the nodes that have tokens, -1 the others; returns how many there are."""
     place_N[:] = -1
@@ -123,7 +124,7 @@ def _nodes(rank_T: Any, node_G: Any, place_N: Any) -> int:
     return nodes
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _route(
     ids_NLK: Any,
     dropped_NL: Any,
@@ -167,7 +168,7 @@ def _route(
         t = end
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _on_gpus(load_NE: Any, holder_E: Any, node_G: Any, place_N: Any, tile: int, sums_7G: Any) -> None:
     """Add up by GPU what its experts got from its own node, all they got, how many have tokens, and their tiles."""
     for expert in range(len(holder_E)):
@@ -184,7 +185,7 @@ def _on_gpus(load_NE: Any, holder_E: Any, node_G: Any, place_N: Any, tile: int, 
             sums_7G[6, holder] += (tokens + tile - 1) // tile
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def sums(attention_SL: Any, exchange_SL: Any, experts_SL: Any, decide_s: float, sums_S4: Any) -> None:
     """Seconds of attention, decisions, communication and experts of every step, added in the order in which they pass,
     so that they are the same to the bit as elsewhere."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from moesim.traces.compiled import compiled
 
 PASSES = 50
 """Times at most that the replicated experts' tokens are poured anew; it ends when a turn moves less than STILL."""
@@ -16,7 +17,7 @@ STILL = 2e-3
 """Share of the mean GPU load."""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def busiest(load_NE: Any, home_E: Any, pair_P2: Any, gpus: int) -> float:
     """Mean over the drawn loads of the busiest GPU's load over the mean load, tokens divisible.
 
@@ -49,7 +50,7 @@ def busiest(load_NE: Any, home_E: Any, pair_P2: Any, gpus: int) -> float:
                     load_G[pair_P2[q, 1]] -= share_P[q]
                     kept -= share_P[q]
                 load_G[home] -= kept
-                level = _level(load_G, hosts, end - p + 1, load_NE[n, expert])
+                level = water_level(load_G[hosts[: end - p + 1]], load_NE[n, expert])
                 for q in range(p, end):
                     share = max(level - load_G[pair_P2[q, 1]], 0.0)
                     moved = max(moved, abs(share - share_P[q]))
@@ -65,22 +66,17 @@ def busiest(load_NE: Any, home_E: Any, pair_P2: Any, gpus: int) -> float:
     return mean
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _level(load_G: Any, hosts: Any, count: int, amount: float) -> float:
-    """Height to which `amount` fills the hosts."""
-    level = 0.0
-    if count == 2:
-        low, high = min(load_G[hosts[0]], load_G[hosts[1]]), max(load_G[hosts[0]], load_G[hosts[1]])
-        level = low + amount if low + amount <= high else (low + high + amount) / 2
-    else:
-        heights = np.empty(count)
-        for i in range(count):
-            heights[i] = load_G[hosts[i]]
-        heights.sort()
-        below = 0.0
-        for i in range(count):
-            below += heights[i]
-            level = (below + amount) / (i + 1)
-            if i + 1 == count or level <= heights[i + 1]:
-                break
+@compiled()
+def water_level(bottom_H: Any, amount: float) -> Any:
+    """Height to which `amount` fills hosts that stand at `bottom_H`."""
+    if len(bottom_H) == 2:  # the usual case
+        low, high = min(bottom_H[0], bottom_H[1]), max(bottom_H[0], bottom_H[1])
+        return low + amount if low + amount <= high else (low + high + amount) / 2
+    heights = np.sort(bottom_H)
+    below, level = 0.0, 0.0
+    for i in range(len(heights)):
+        below += heights[i]
+        level = (below + amount) / (i + 1)
+        if i + 1 == len(heights) or level <= heights[i + 1]:
+            break
     return level

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from moesim.traces.compiled import compiled
 
 LEAST_GAIN = 0.01
 """Share of the mean GPU load that a replica must move to be worth a slot."""
@@ -17,7 +18,7 @@ KEEP = 1.05
 """How much more a replica counts that is there already, since it costs no copy."""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def exact_split(load_E: Any, usable_EG: Any, slowdown_G: Any, uneven: bool, tokens_EG: Any) -> None:
     """Fill `tokens_EG`, zeros when called; see `dispatch.exact_split`. `uneven`: not all GPUs are as fast."""
     E, G = usable_EG.shape
@@ -45,7 +46,7 @@ def exact_split(load_E: Any, usable_EG: Any, slowdown_G: Any, uneven: bool, toke
         pass
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _pour(tokens: int, hosts: Any, load_G: Any, tokens_G: Any) -> None:
     """Whole tokens onto the hosts, lowest first, as water finds its level."""
     order = hosts[np.argsort(load_G[hosts], kind="mergesort")]
@@ -66,7 +67,7 @@ def _pour(tokens: int, hosts: Any, load_G: Any, tokens_G: Any) -> None:
         load_G[g] += added
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _relieve(tokens_EG: Any, load_G: Any, usable_EG: Any, shared: Any, slowdown_G: Any, came_from_G2: Any) -> bool:
     """Move tokens from the busiest GPU along the shortest chain of shared experts to one that is less busy even with a
     token more; False where there is no such chain."""
@@ -99,7 +100,7 @@ def _relieve(tokens_EG: Any, load_G: Any, usable_EG: Any, shared: Any, slowdown_
     return False
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _move_along(tokens_EG: Any, load_G: Any, came_from_G2: Any, start: int, end: int, most: int) -> None:
     amount, gpu = most, end
     while gpu != start:
@@ -116,7 +117,7 @@ def _move_along(tokens_EG: Any, load_G: Any, came_from_G2: Any, start: int, end:
     load_G[end] += amount
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def greedy_replicas(load_E: Any, home_EG: Any, have_EG: Any, room_G: Any, slowdown_G: Any, pairs_P2: Any) -> int:
     """Write (expert, GPU) into `pairs_P2` and return how many there are; see `planner.replicas`. Changes `room_G`."""
     E, G = home_EG.shape

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from moesim.sim.levelling import water_level
+from moesim.traces.compiled import compiled
 
 EMPTY = -1
 SWAPS = 400
@@ -22,7 +24,7 @@ TRIES = 6
 """Changes that are tried in vain before a layout counts as good as it gets."""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def lay_out(load_E: Any, level: float, placed_GS: Any) -> None:
     """Fill `placed_GS`, EMPTY when called, for an even split.
 
@@ -57,7 +59,7 @@ def lay_out(load_E: Any, level: float, placed_GS: Any) -> None:
     _swap(placed_GS, used_G, load_G, held_EG, part_E, level)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _make_room(placed_GS: Any, used_G: Any, load_G: Any, held_EG: Any, part_E: Any, expert: int) -> int:
     """Where every GPU with room has the expert: move something from one that lacks it to one with room."""
     G, S = placed_GS.shape
@@ -83,7 +85,7 @@ def _make_room(placed_GS: Any, used_G: Any, load_G: Any, held_EG: Any, part_E: A
     return -1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _swap(placed_GS: Any, used_G: Any, load_G: Any, held_EG: Any, part_E: Any, level: float) -> None:
     """Let the busiest GPU change places with others until it is near the mean; every change lowers its load."""
     G = len(load_G)
@@ -119,7 +121,7 @@ def _swap(placed_GS: Any, used_G: Any, load_G: Any, held_EG: Any, part_E: Any, l
         load_G[other] += part_E[given] - part_E[taken]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def level_shares(load_E: Any, held_EG: Any, share_EG: Any, load_G: Any) -> None:
     """Split the loads over the GPUs that hold each expert so that the busiest is as low as can be.
 
@@ -134,7 +136,7 @@ def level_shares(load_E: Any, held_EG: Any, share_EG: Any, load_G: Any) -> None:
     _settle(load_E, held_EG, held_EG.sum(axis=1), share_EG, load_G)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _settle(load_E: Any, held_EG: Any, copies_E: Any, share_EG: Any, load_G: Any) -> None:
     """Take the experts with several copies in turn and pour their tokens anew, lowest GPU first. That lowers the sum of
     squares until no split is more level, which is also the one with the lowest maximum."""
@@ -148,20 +150,14 @@ def _settle(load_E: Any, held_EG: Any, copies_E: Any, share_EG: Any, load_G: Any
             break
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _pour(expert: int, amount: float, held_EG: Any, share_EG: Any, load_G: Any) -> float:
+@compiled()
+def _pour(expert: Any, amount: float, held_EG: Any, share_EG: Any, load_G: Any) -> float:
     """One expert's tokens onto its GPUs, lowest first; returns how much its largest part changed."""
     hosts = np.flatnonzero(held_EG[expert])
     bottom = np.empty(len(hosts))
     for i in range(len(hosts)):
         bottom[i] = load_G[hosts[i]] - share_EG[expert, hosts[i]]
-    heights = np.sort(bottom)
-    below, level = 0.0, 0.0
-    for i in range(len(heights)):
-        below += heights[i]
-        level = (below + amount) / (i + 1)
-        if i + 1 == len(heights) or level <= heights[i + 1]:
-            break
+    level = water_level(bottom, amount)
     changed = 0.0
     for i in range(len(hosts)):
         share = max(level - bottom[i], 0.0)
@@ -171,7 +167,7 @@ def _pour(expert: int, amount: float, held_EG: Any, share_EG: Any, load_G: Any) 
     return changed
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def improve(load_E: Any, moves: int, least: float, placed_GS: Any) -> int:
     """Change `placed_GS` by at most `moves` copies and return how many; unchanged, and 0, where the busiest GPU under
     the best split would not lose at least `least` of the mean load a copy.
@@ -223,7 +219,7 @@ def improve(load_E: Any, moves: int, least: float, placed_GS: Any) -> int:
     return done
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _best_change(
     load_G: Any, share_EG: Any, held_EG: Any, copies_E: Any, placed_GS: Any, refused_EGS: Any, moves: int
 ) -> tuple[int, int, int, bool]:
@@ -258,7 +254,7 @@ def _best_change(
     return found
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _change(
     placed_GS: Any,
     held_EG: Any,
@@ -266,7 +262,7 @@ def _change(
     share_EG: Any,
     load_G: Any,
     expert: int,
-    busiest: int,
+    busiest: Any,
     gpu: int,
     slot: int,
     swap: bool,
@@ -287,9 +283,9 @@ def _change(
         copies_E[gone] += 1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _change_back(
-    placed_GS: Any, held_EG: Any, copies_E: Any, expert: int, gone: int, busiest: int, gpu: int, slot: int, swap: bool
+    placed_GS: Any, held_EG: Any, copies_E: Any, expert: int, gone: int, busiest: Any, gpu: int, slot: int, swap: bool
 ) -> None:
     """As it was before `_change`, shares and loads excepted."""
     if swap:
@@ -304,7 +300,7 @@ def _change_back(
         copies_E[gone] += 1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _slot_of(placed_GS: Any, gpu: int, expert: int) -> int:
     for s in range(placed_GS.shape[1]):
         if placed_GS[gpu, s] == expert:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from moesim.traces.compiled import compiled
 
 EPSILON = 1e-5
 """SGLang's, in both parts of its ratio."""
@@ -16,7 +17,7 @@ VALUES = 5
 """Columns of `summarise_window` before the GPU counts: max/mean, active, entropy, Gini, drift."""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def count(ids_TLK: Any, load_LE: Any) -> None:
     """Add the load of tokens to `load_LE`."""
     T, L, K = ids_TLK.shape
@@ -26,7 +27,7 @@ def count(ids_TLK: Any, load_LE: Any) -> None:
                 load_LE[layer, ids_TLK[t, layer, k]] += 1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def follow(ids_TLK: Any, follows_T: Any, half_T: Any, last_LE: Any, base: int, same_L: Any, pairs_2LEE: Any) -> int:
     """Overlap of rows that stand in order of request and position; returns the number of rows that follow one.
 
@@ -52,7 +53,7 @@ def follow(ids_TLK: Any, follows_T: Any, half_T: Any, last_LE: Any, base: int, s
     return followed
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def summarise_window(load_LE: Any, before_LE: Any, log_table: Any, bounds_GC: Any, out_LC: Any) -> None:
     """Write the statistics of one window, [L, VALUES + 3 G]: see VALUES, then for each GPU count SGLang's balancedness,
     the mean and the maximum of the GPU loads. NaN where a layer has no tokens, or for drift the window before has none.
@@ -92,7 +93,7 @@ def summarise_window(load_LE: Any, before_LE: Any, log_table: Any, bounds_GC: An
             out_LC[layer, VALUES + 3 * g + 2] = busiest
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _gini(load_E: Any, most: int, total: int) -> float:
     """Sum of (2 rank - E - 1) x load over E x total. Small loads are sorted by counting them."""
     E = len(load_E)

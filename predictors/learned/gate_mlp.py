@@ -220,7 +220,7 @@ class GateMlpOnline(GateMlp):
         batch = Batch(columns=columns, lengths=[len(columns["ids"])])
         for _ in range(self.settings.updates):
             self._optimiser.zero_grad()
-            self.loss(batch).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(self.loss(batch))
             nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
             self._optimiser.step()
 

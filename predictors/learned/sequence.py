@@ -7,7 +7,7 @@ experts, W width.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ class SequenceSettings:
     depth: int = 2
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """Lets positions of a request know of each other."""
 
+    @abstractmethod
     def mixed(self, x_BSW: torch.Tensor, real_BS: torch.Tensor) -> torch.Tensor:
         """[B, S, W]; what lies behind a request's end must not reach its tokens."""
-        raise NotImplementedError
 
 
 class SequenceNet(nn.Module):

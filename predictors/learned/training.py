@@ -245,7 +245,7 @@ class _Session:
         noise = generator_of(self.training.seed, self.step + 1)
         loss = self.loss(self.data.batch(pieces, self._device, noise))
         self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
         self.optimiser.step()
         return float(loss.detach())
