@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesim.sim.execution import Execution
+from moesim.sim.policies import default_baseline
 from moesim.traces import Phase, Workload
 
 TASKS = ("intent", "law", "summary", "translation")
@@ -37,6 +38,7 @@ TRACES: dict[str, list[str]] = {
 
 PARALLEL = (
     "contiguous", "balanced", "exflow", "moetuner", "fastermoe", "eplb", "eplb-hierarchical", "lplb",
+    "eplb-incremental",
     "moe-gps-distribution", "moe-gps-token", "lina", "libra", "probe-gate", "probe", "predictive-replication",
     "hedged", "weighed", "oracle", "oracle-weighed",
 )  # fmt: skip
@@ -67,7 +69,7 @@ class Case:
     @property
     def baseline(self) -> str:
         """What speedups refer to."""
-        return "contiguous" if self.resident is None else "on-demand"
+        return default_baseline(self.resident)
 
     def describe(self) -> dict[str, Any]:
         """What the numbers depend on."""
@@ -226,6 +228,13 @@ CLAIMS = (
         reports="an optimal split of each batch over EPLB's replicas",
         faster="lplb",
         slower="eplb",
+        cases=LONG,
+    ),
+    Claim(
+        system="eplb-incremental (ours)",
+        reports="(this project) few copies that each pay beat a new layout",
+        faster="eplb-incremental",
+        slower="lplb",
         cases=LONG,
     ),
     Claim(

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moesim.backend.job import DTYPES, model_config
 from moesim.sim.execution import COPY_BYTES
-from moesim.sim.policies import POLICIES, recipe
+from moesim.sim.policies import POLICIES, check_slots, recipe
 from moesim.sim.quality import FORMAT, Quality, save_qualities
 from moesim.traces import InputError
 from moesim.traces.workload import SPLITS
@@ -92,7 +92,7 @@ def quality(
     moesim quality models/switch-mini --policy on-demand --copy-dtype int4 --resident 8 --phase decode
     moesim simulate mini.moetrace --policy hobbit --profile 1xRTX4090-PCIe --resident 8 --quality quality.json
     """
-    names = _policies(policy)
+    names = _policies(policy, resident)
     model_config(model)
     from moesim.backend.quality import Settings
     from moesim.traces.record import pick_device
@@ -119,13 +119,17 @@ def quality(
         _print(found)
 
 
-def _policies(policy: str) -> tuple[str, ...]:
-    asked = LOSSY if policy.strip() == "lossy" else [name.strip() for name in policy.split(",") if name.strip()]
+def _policies(policy: str, resident: int | None) -> tuple[str, ...]:
+    """Those asked for; `lossy` means the inexact ones that run with so many slots. Raises InputError before anything is
+    measured."""
+    if policy.strip() == "lossy":
+        return tuple(name for name in LOSSY if (resident is not None) == (recipe(name).miss is not None))
+    asked = tuple(dict.fromkeys(name.strip() for name in policy.split(",") if name.strip()))
     if not asked:
         raise InputError(f"--policy names no policy; known: {', '.join(POLICIES)}")
     for name in asked:
-        recipe(name)
-    return tuple(dict.fromkeys(asked))
+        check_slots(name, resident)
+    return asked
 
 
 def _measured(model: Path, trace: Path | None, text: tuple[Path, ...], settings: Any) -> list[Quality]:

@@ -23,7 +23,7 @@ from moesim.sim.eviction import ORACLES
 from moesim.sim.execution import Execution
 from moesim.sim.faults import Fault
 from moesim.sim.log import read_log
-from moesim.sim.policies import POLICIES, is_trained, offloading, recipe, unfit
+from moesim.sim.policies import POLICIES, default_baseline, is_trained, offloading, recipe, unfit
 from moesim.sim.profile import load_profile, shipped_profiles
 from moesim.sim.quality import load_qualities
 from moesim.sim.results import Result, save_results
@@ -106,7 +106,7 @@ def simulate(
     moesim simulate mini.moetrace --policy fate --profile 1xRTX4090-PCIe --resident 8 --quality quality.json
     moesim simulate mini.moetrace --policy all --profile here.json --gpus 2 --out simulated.json
     """
-    baseline = baseline or ("contiguous" if resident is None else "on-demand")
+    baseline = baseline or default_baseline(resident)
     qualities = load_qualities(quality) if quality else []
     names = policy_names(policy, baseline, offload=resident is not None)
     hardware = load_profile(profile)

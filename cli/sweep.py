@@ -25,7 +25,7 @@ from moesim.cli.sweep_traces import made_up_traces
 from moesim.sim.execution import Execution
 from moesim.sim.policies import POLICIES, recipe
 from moesim.sim.profile import load_profile, shipped_profiles
-from moesim.sim.sweep import AXES, TYPES, Row, every_policy
+from moesim.sim.sweep import AXES, TYPES, Row, check_axes, every_policy
 from moesim.sim.sweep_search import OBJECTIVES, Search, Sweep, run_sweep, total_runs
 from moesim.sim.sweep_store import RUNS, TABLE
 from moesim.traces import InputError, Phase
@@ -113,12 +113,15 @@ def sweep(
     _complete(axes)
     search = Search(trials=trials, objective=objective, seed=seed) if trials else None
     asked = Sweep(axes=axes, baseline=baseline, search=search)
+    conditions = dict(_condition(text) for text in where)
+    if conditions and not picture:
+        raise InputError("--where chooses rows for a map: give --map FILE, too")
     if baseline:
         recipe(baseline)
     with _progress(total_runs(asked)) as done:
         rows, there = run_sweep(asked, out, workers=workers, ray=ray, done=done)
     if picture:
-        draw_regimes(rows, picture, dict(_condition(text) for text in where))
+        draw_regimes(rows, picture, conditions)
     if as_json:
         click.echo(json.dumps({"table": str(out / TABLE), "found": there, "rows": rows}))
     else:
@@ -168,6 +171,7 @@ def _complete(axes: dict[str, list[Any]]) -> None:
         if not axes.get(name):
             wanted = "a TRACE or --skew" if name == "trace" else f"--{name}"
             raise InputError(f"nothing to run: give {wanted}")
+    check_axes(axes)
     if axes["policy"] == ["all"]:
         offload = set(axes.get("resident", [None])) != {None}
         axes["policy"] = every_policy(offload=offload)

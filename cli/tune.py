@@ -20,7 +20,7 @@ from moesim.cli.options import execution_options, workload_options
 from moesim.cli.report import WIDTH
 from moesim.cli.simulate import default_phase
 from moesim.sim.execution import Execution
-from moesim.sim.policies import POLICIES
+from moesim.sim.policies import POLICIES, default_baseline
 from moesim.sim.policies.files import recipe_toml
 from moesim.sim.profile import load_profile, shipped_profiles
 from moesim.sim.quality import load_qualities
@@ -43,7 +43,7 @@ SHOWN = 12
 """Candidates in the table; --json has all."""
 OF_SIMULATE = ("profile", "gpus", "phase", "shapes", "resident", "batch_tokens", "batch_requests", "batch_recorded",
                "chunked", "shuffle", "split", "dtype", "contention", "tensor_parallel", "micro_batches", "send",
-               "copy_dtype")  # fmt: skip
+               "copy_dtype", "overlap")  # fmt: skip
 """Options that `moesim simulate` has, too."""
 file_option = click.Path(path_type=Path, dir_okay=False)
 
@@ -133,7 +133,7 @@ def tune(
             scenario,
             hardware,
             choice,
-            baseline="contiguous" if resident is None else "on-demand",
+            baseline=default_baseline(resident),
             execution=execution,
             constraints=constraints,
             max_steps=max_steps,
@@ -231,8 +231,9 @@ def _command(ctx: click.Context, trace: Path, winner: Candidate, out: Path | Non
     words = ["moesim", "simulate", str(trace), "--policy", str(out) if out else winner.policy]
     for name in OF_SIMULATE:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            value = ctx.params[name]
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            value, option = ctx.params[name], name.replace("_", "-")
+            words.append(f"--no-{option}" if value is False else f"--{option}")
+            words += [] if isinstance(value, bool) else [str(value)]
     return shlex.join([*words, "--extra-slots", str(winner.extra_slots)])
 
 

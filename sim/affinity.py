@@ -65,14 +65,6 @@ def companions(table: TokenTable, experts: int) -> Floats:
     return np.asarray(together_LEE / np.maximum(together_LEE.sum(axis=(1, 2), keepdims=True), 1e-30))
 
 
-def crossing(between_LEE: Floats, bin_LE: Ints) -> float:
-    """Share of the transitions from a layer to the next that change the bin; 0 where there is one layer."""
-    if not len(between_LEE):
-        return 0.0
-    change = [float(w[a[:, None] != b].sum()) for w, a, b in zip(between_LEE, bin_LE, bin_LE[1:], strict=False)]
-    return float(np.mean(change))
-
-
 def arranged(wanted: Affinity, start_LE: Ints) -> Ints:
     """[L, E] bins that keep at least as much together as `start_LE` does: the optimum where that is small enough to be
     computed, else what a local search finds. `start_LE` must be within slots and loads."""

@@ -58,11 +58,11 @@ class Arc(Lru):
         if ahead:
             self.unused.add(key)
 
-    def gone(self, key: Key, pool: Pool) -> None:
+    def gone(self, key: Key) -> None:
         """Left without a ghost."""
-        lists = self._of(pool)
-        for held in (lists.once, lists.often):
-            held.pop(key, None)
+        for lists in self.lists.values():
+            for held in (lists.once, lists.often):
+                held.pop(key, None)
         self.unused.discard(key)
 
     def victim(self, pool: Pool, keys: Sequence[Key], wanted: Key) -> Key:
@@ -78,7 +78,7 @@ class Arc(Lru):
             if len(lists.once) >= held:  # T1 is all there is: its oldest goes and leaves no ghost
                 goes = next((key for key in lists.once if key in allowed), None)
                 if goes is not None:
-                    self.gone(goes, pool)
+                    self.gone(goes)
                     return goes
             elif lists.once_gone:
                 lists.once_gone.popitem(last=False)

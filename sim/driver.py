@@ -88,6 +88,7 @@ class Driver:
         self._past: deque[PastStep] = deque(maxlen=HISTORY_STEPS)
         self._forecasts: dict[tuple[int, int, int], Forecast] = {}
         self._in_flight: set[Transfer] = set()
+        self._dispatched: dict[int, tuple[int, int]] = {}
         self._seen: dict[int, Seen] = {}
         self._truth: dict[int, tuple[Ids, Ids | None]] = {}
         self._foreseen: dict[tuple[int, int], Ids] = {}
@@ -164,7 +165,7 @@ class Driver:
         return replace(found, moves=self._begin(found.moves, layer + 1, lane))
 
     def dispatch(self, counts_GE: Ints, lane: int = 0) -> Ints:
-        """[G_from, E, G_to] the exact split of the layer that has just routed, over the replicas that have arrived.
+        """[G_from, E, G_to] the policy's split of the layer that has just routed, over the replicas that have arrived.
 
         `counts_GE` are the tokens that each rank holds for each expert, dropped ones not counted. Raises PolicyError
         where an expert has tokens and no copy, unless GPUs have failed or the host backs them: its row is then 0.
@@ -175,7 +176,9 @@ class Driver:
             counts_GE = np.where(usable_EG.any(axis=1), counts_GE, 0)
         site = Site(counts_GE=counts_GE, node_G=self.cluster.node_G, rates=self.cluster.rates)
         tokens_EG = self.policy.recipe.split(counts_GE.sum(axis=0), usable_EG, self.residency.slowdown_G, site)
-        self.scores.late += sum(t.layer == layer for t in self._in_flight)
+        if self._dispatched.get(lane) != (self._seen[lane].step, layer):  # later waves see the same copies
+            self._dispatched[lane] = (self._seen[lane].step, layer)
+            self.scores.late += sum(t.layer == layer for t in self._in_flight)
         if self._sink:
             expert, gpu = np.nonzero(tokens_EG)
             split = np.stack([expert, gpu, tokens_EG[expert, gpu]], axis=1).tolist()

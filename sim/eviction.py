@@ -47,9 +47,8 @@ class PinnedLru(Lru):
         """Of every GPU and layer the hottest."""
         c = self.cluster
         pinned_LE = super().pinned_LE()
-        home_E = np.array([c.home_gpu(expert) for expert in range(c.experts)])
         for gpu in range(c.gpus):
-            mine = np.flatnonzero(home_E == gpu)
+            mine = np.flatnonzero(c.home_E == gpu)
             order_LX = mine[np.argsort(-self.popularity_LE[:, mine], axis=1, kind="stable")]
             np.put_along_axis(pinned_LE, order_LX[:, : c.layer_slots // 2], True, axis=1)
         return pinned_LE

@@ -58,8 +58,8 @@ class Eviction(Protocol):
     def loaded(self, key: Key, pool: Pool, *, ahead: bool) -> None:
         """A copy into the pool begins (or lies there from the start); `ahead`: before anybody used it."""
 
-    def gone(self, key: Key, pool: Pool) -> None:
-        """The expert has left the pool for another, or with its GPU."""
+    def gone(self, key: Key) -> None:
+        """The expert is on no GPU: the one that held it has failed."""
 
     def victim(self, pool: Pool, keys: Sequence[Key], wanted: Key) -> Key:
         """The one of `keys`, at least one and in order of their slots, that goes so that `wanted` can come."""
@@ -96,7 +96,7 @@ class Lru:
         if ahead:
             self.last[key] = self.now
 
-    def gone(self, key: Key, pool: Pool) -> None:
+    def gone(self, key: Key) -> None:
         """Its last use is remembered."""
 
     def victim(self, pool: Pool, keys: Sequence[Key], wanted: Key) -> Key:

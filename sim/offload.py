@@ -68,7 +68,7 @@ class Cache:
         self.popularity_LE = policy.popularity_LE
         setting = Setting(cluster=c, popularity_LE=policy.popularity_LE, future=future)
         self.eviction = EVICTIONS[policy.recipe.eviction](setting)
-        self._home_E = [c.home_gpu(expert) for expert in range(c.experts)]
+        self._home_E: list[int] = c.home_E.tolist()
         self._code_LE = np.zeros((c.layers, c.experts), np.uint8)
         """In which precision each expert was wanted when its layer last routed, at least; place in PRECISIONS."""
         self._best = 0
@@ -100,6 +100,8 @@ class Cache:
         """A GPU has gone: what was pinned there is not, where it comes from now on."""
         there_LE = np.asarray((self.residency.usable_LEG | self.residency.coming_LEG).any(axis=2))
         self._pinned = {key for key in self._pinned if there_LE[key]}
+        for layer, expert in np.argwhere(~there_LE).tolist():
+            self.eviction.gone((layer, expert))
 
     def executed(
         self, layer: int, routed: RoutedLayer, dropped_T: Bools, scores_TE: NDArray[np.floating] | None

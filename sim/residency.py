@@ -105,6 +105,11 @@ class Cluster:
         """The GPU that computes an expert whose copies lie in the host's memory."""
         return expert * self.gpus // self.experts
 
+    @property
+    def home_E(self) -> NDArray[np.int64]:
+        """[E] `home_gpu` of every expert."""
+        return np.array([self.home_gpu(expert) for expert in range(self.experts)])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:

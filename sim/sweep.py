@@ -21,7 +21,7 @@ import numpy as np
 from moesim.predictors import Predictor
 from moesim.sim.engine import simulate
 from moesim.sim.execution import Contention, Execution, Send
-from moesim.sim.policies import POLICIES, Policy, is_trained, make_policy
+from moesim.sim.policies import POLICIES, Policy, default_baseline, is_trained, make_policy
 from moesim.sim.profile import HardwareProfile, load_profile
 from moesim.sim.quality import is_lossy
 from moesim.sim.results import PHASES, Result
@@ -80,7 +80,7 @@ class Settings:
 
     def baseline(self, asked: str | None = None) -> Settings:
         """The same run under the policy that its speedup refers to."""
-        return replace(self, policy=asked or ("contiguous" if self.resident is None else "on-demand"))
+        return replace(self, policy=asked or default_baseline(self.resident))
 
     def scenario_key(self) -> tuple[Any, ...]:
         """Equal where the same tokens run in the same steps on the same cluster."""

@@ -1,13 +1,15 @@
 """A node with round numbers, a rule that does as it is told, and a recording that fits them: schedules by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from helpers import make_spec
+from helpers import make_spec, with_router_inputs
 from moesim.predictors import PREDICTORS, RouterSpec
 from moesim.sim.policies import Policy, Recipe, Target, contiguous_placement, is_trained, make_policy
 from moesim.sim.profile import Attention, Cpu, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
 from moesim.sim.scenario import make_scenario
-from moesim.traces import Phase, TokenTable, Workload, held_out
+from moesim.traces import Phase, StackSpec, TokenTable, Workload, held_out
 
 MS = 1e-3
 P2P = Link(latency_s=0.5 * MS, bytes_per_s=1.024e6)
@@ -93,6 +95,21 @@ def quick_policy(name, scene):
         fitted = PREDICTORS["markov"]()
         fitted.fit(scene.fit, RouterSpec(num_experts=scene.cluster.experts, top_k=scene.cluster.top_k))
     return make_policy(name, scene.cluster, scene.fit, scene.gates, fitted=fitted)
+
+
+def decoding(table, resident, *, gpus=1, batch=1):
+    """Decode steps of a recording of three layers, router inputs and gates made up, with so many slots a layer."""
+    table, gates = with_router_inputs(table)
+    decoder = make_spec(stacks=(StackSpec(name="decoder", num_layers=3, moe_layers=(0, 1, 2)),))
+    return make_scenario(
+        replace(decoder, top_k=table.topk_ids.shape[2]),
+        table,
+        phase=Phase.DECODE,
+        gpus=gpus,
+        workload=Workload(batch=batch),
+        resident=resident,
+        gates=gates,
+    )
 
 
 def two_layers(gpus=2, steps=1, extra_slots=1, phase=Phase.ENCODER):

@@ -15,7 +15,7 @@ from moesim.predictors import PREDICTORS, Learned, Predictor, RouterSpec, missin
 from moesim.predictors.base import WITHOUT
 from moesim.sim.eviction import POOLED
 from moesim.sim.policies.files import is_own, own_recipe
-from moesim.sim.policies.placements import OF_TOKENS, PLACEMENTS, balanced_placement, contiguous_placement
+from moesim.sim.policies.placements import OF_TOKENS, balanced_placement, contiguous_placement
 from moesim.sim.policies.prefetching import (
     Prefetch,
     PrefetchDeeper,
@@ -24,7 +24,7 @@ from moesim.sim.policies.prefetching import (
     PrefetchSequence,
 )
 from moesim.sim.policies.recipe import Recipe
-from moesim.sim.policies.rules import Never, Periodic, Replicate, Rule, Target
+from moesim.sim.policies.rules import Never, Target
 from moesim.sim.policies.systems import POLICIES
 from moesim.sim.residency import Cluster, Residency
 from moesim.traces import InputError, LoadTable, TokenTable, total_load_LE
@@ -96,6 +96,19 @@ def is_trained(name: str) -> bool:
     return isinstance(PREDICTORS.get(recipe(name).predictor or ""), Learned)
 
 
+def check_slots(name: str, resident: int | None) -> None:
+    """Raise InputError where the named policy needs every expert on a GPU and there are `resident` slots only."""
+    if resident is not None and recipe(name).miss is None:
+        raise InputError(
+            f"policy {name} needs every expert on a GPU; with fewer resident slots use: {', '.join(offloading())}"
+        )
+
+
+def default_baseline(resident: int | None) -> str:
+    """What speedups refer to where nobody says: contiguous, or on-demand where not all experts fit."""
+    return "contiguous" if resident is None else "on-demand"
+
+
 def make_policy(
     name: str,
     cluster: Cluster,
@@ -111,10 +124,7 @@ def make_policy(
     name, an empty recording, or one that lacks what the predictor needs.
     """
     parts = recipe(name)
-    if cluster.resident is not None and parts.miss is None:
-        raise InputError(
-            f"policy {name} needs every expert on a GPU; with fewer resident slots use: {', '.join(offloading())}"
-        )
+    check_slots(name, cluster.resident)
     cluster = replace(cluster, double_buffered=parts.double_buffered, pooled=parts.pooled)
     if len(fit_on) == 0:
         raise InputError("nothing to fit the policy on: the recording needs at least two requests")
@@ -156,10 +166,8 @@ def _has_weights(table: TokenTable | LoadTable) -> bool:
 
 
 __all__ = [
-    "PLACEMENTS",
     "POLICIES",
     "Never",
-    "Periodic",
     "Policy",
     "Prefetch",
     "PrefetchDeeper",
@@ -167,11 +175,11 @@ __all__ = [
     "PrefetchOver",
     "PrefetchSequence",
     "Recipe",
-    "Replicate",
-    "Rule",
     "Target",
     "balanced_placement",
+    "check_slots",
     "contiguous_placement",
+    "default_baseline",
     "is_trained",
     "make_policy",
     "needs_tokens",

@@ -114,12 +114,12 @@ def _from_file(path: Path) -> Recipe:
 def _composed(told: dict[str, Any], wrong: Callable[[str, str], InputError]) -> Recipe:
     told.pop(IGNORED, None)
     base = told.pop("base", None)
-    if base is not None and base not in POLICIES:
+    if base is not None and not _is_name(base, POLICIES):
         raise wrong("base", f"base = {base!r} is no named policy; known: {', '.join(POLICIES)}")
     parts: dict[str, Any] = {}
     for key, value in told.items():
         if key in CHOICES:
-            if not isinstance(value, str) or value not in CHOICES[key]:
+            if not _is_name(value, CHOICES[key]):
                 raise wrong(key, f"{key} = {value!r} is not known; known: {', '.join(CHOICES[key])}")
             parts[key] = CHOICES[key][value]
         elif key in PLAIN:
@@ -140,7 +140,7 @@ def _composed(told: dict[str, Any], wrong: Callable[[str, str], InputError]) -> 
 def _part(what: str, told: Any, wrong: Callable[[str, str], InputError]) -> Any:
     """A rule or precision from its table."""
     kinds = TABLES[what]
-    if not isinstance(told, dict) or told.get("name") not in kinds:
+    if not isinstance(told, dict) or not _is_name(told.get("name"), kinds):
         raise wrong(what, f"{what} needs a name, one of: {', '.join(kinds)}")
     kind = kinds[told.pop("name")]
     known: dict[str, Any] = {one.name: one for one in fields(kind)} if is_dataclass(kind) else {}
@@ -158,6 +158,10 @@ def _part(what: str, told: Any, wrong: Callable[[str, str], InputError]) -> Any:
         return kind(**told)
     except InputError as error:
         raise wrong(str(error).partition(" ")[0], str(error)) from None
+
+
+def _is_name(value: Any, known: Mapping[str, Any]) -> bool:
+    return isinstance(value, str) and value in known
 
 
 def _line_of(text: str, key: str) -> int:

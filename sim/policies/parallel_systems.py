@@ -39,6 +39,13 @@ PARALLEL: dict[str, Recipe] = {
         split=exact_split,
         deviations=COMMON + "The linear program's optimum in whole tokens, found without a solver.",
     ),
+    "eplb-incremental": Recipe(
+        summary="every 8 steps at most 4 copies a layer, each only where it pays, tokens split exactly (ours)",
+        placement=balanced_placement,
+        predictor="window",
+        rule=Periodic(interval=8, moves=4),
+        split=exact_split,
+    ),
     "moe-gps-distribution": Recipe(
         summary="replicate the next layer's hot experts, forecast from the distribution so far (MoE-GPS, cheap)",
         placement=balanced_placement,
@@ -59,7 +66,6 @@ PARALLEL: dict[str, Recipe] = {
         predictor="path",
         rule=Replicate(next_batch=False, plan="popular"),
         split=even_split,
-        simulated_only=True,
         deviations=COMMON + "No second plan once the gate has spoken, which the paper makes in about 23% of the cases.",
     ),
     "libra": Recipe(

@@ -41,11 +41,8 @@ def balanced_placement(cluster: Cluster, fit_on: TokenTable | LoadTable) -> NDAr
 def resident_placement(cluster: Cluster, fit_on: TokenTable | LoadTable) -> NDArray[np.int32]:
     """On each GPU those of its experts that had the largest load, as many as there are slots."""
     placed = np.full((cluster.layers, cluster.gpus, cluster.layer_slots), EMPTY, np.int32)
-    home_E = np.array([cluster.home_gpu(expert) for expert in range(cluster.experts)])
     for layer, load_E in enumerate(total_load_LE(fit_on, cluster.experts)):
-        for gpu in range(cluster.gpus):
-            mine = np.flatnonzero(home_E == gpu)
-            hottest = mine[np.argsort(-load_E[mine], kind="stable")][: cluster.layer_slots]
+        for gpu, hottest in enumerate(_hottest(load_E, cluster, cluster.layer_slots)):
             placed[layer, gpu, : len(hottest)] = hottest
     return placed
 
@@ -56,16 +53,19 @@ def shallow_placement(cluster: Cluster, fit_on: TokenTable | LoadTable) -> NDArr
     shallow = shallow_layers(cluster)
     most = -(-cluster.experts // cluster.gpus)
     whole = np.full((cluster.layers, cluster.gpus, most), EMPTY, np.int32)
-    home_E = np.array([cluster.home_gpu(expert) for expert in range(cluster.experts)])
     left = cluster.gpu_slots - shallow * most
     for layer, load_E in enumerate(total_load_LE(fit_on, cluster.experts)):
         deep = cluster.layers - shallow
         room = most if layer < shallow else left // deep + (layer - shallow < left % deep)
-        for gpu in range(cluster.gpus):
-            mine = np.flatnonzero(home_E == gpu)
-            hottest = mine[np.argsort(-load_E[mine], kind="stable")][:room]
+        for gpu, hottest in enumerate(_hottest(load_E, cluster, room)):
             whole[layer, gpu, : len(hottest)] = hottest
     return whole
+
+
+def _hottest(load_E: NDArray[np.int64], cluster: Cluster, room: int) -> list[NDArray[np.intp]]:
+    """Per GPU those of its experts that had the largest load, hottest first, at most `room`."""
+    order = np.argsort(-load_E, kind="stable")
+    return [order[cluster.home_E[order] == gpu][:room] for gpu in range(cluster.gpus)]
 
 
 PLACEMENTS: dict[str, Placement] = {

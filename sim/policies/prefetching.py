@@ -6,6 +6,7 @@ Decision points are those of rules.py. Shape letters: T tokens, K experts per to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,8 +101,13 @@ class PrefetchDraft(Prefetch):
     after: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.draft_s >= 0 and self.copy_s > 0):
-            raise InputError(f"draft_s must not be negative and copy_s positive, got {self.draft_s} and {self.copy_s}")
+        Prefetch.__post_init__(self)
+        if not 0 <= self.draft_s < math.inf:
+            raise InputError(f"draft_s must be a finite time that is not negative, got {self.draft_s}")
+        if not 0 < self.copy_s < math.inf:
+            raise InputError(f"copy_s must be a finite time above 0, got {self.copy_s}")
+        if self.after < 0:
+            raise InputError(f"after must be a layer, 0 or more, got {self.after}")
 
     def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
         """All later layers at one point; `experts` names none beyond the cutoff."""

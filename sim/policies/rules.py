@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.predictors import Forecast
-from moesim.sim.planner import eplb
+from moesim.sim.planner import Ids, eplb, held, plan
 from moesim.sim.replication import PLANS, Need, grouped_eplb, planned
 from moesim.sim.residency import EMPTY, HOST, Residency, Transfer
 from moesim.traces.errors import InputError
@@ -62,6 +62,16 @@ class Periodic:
     interval: int = 8
     hierarchical: bool = False
     """EPLB's hierarchical variant: groups of experts to nodes, then replicas and GPUs within each."""
+    moves: int | None = None
+    """Copies of a layer at most, each of which must pay (planner.plan); None: EPLB's layout, whatever it costs."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise InputError(f"interval must be at least 1 step, got {self.interval}")
+        if self.moves is not None and self.moves < 1:
+            raise InputError(f"moves must be at least 1, got {self.moves}")
+        if self.moves is not None and self.hierarchical:
+            raise InputError("moves and hierarchical exclude each other")
 
     def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
         """All layers at the start of every `interval`-th step, once there is history."""
@@ -71,21 +81,29 @@ class Periodic:
     def transfers(self, target: Target, forecast: Forecast, residency: Residency) -> list[Transfer]:
         """Blocking copies into the slots whose expert changes; an expert that stays on its GPU is not copied."""
         c = residency.cluster
-        alive = np.flatnonzero(residency.alive_G)
-        wanted_GS = np.full((c.gpus, c.layer_slots), EMPTY, np.int32)
-        if self.hierarchical and len(alive) == c.gpus:
-            wanted_GS[:] = grouped_eplb(forecast.load, c.gpus, c.layer_slots, c.nodes, c.groups)
-        else:
-            wanted_GS[alive] = eplb(forecast.load, len(alive), c.layer_slots)
         now_GS = residency.experts_GS(target.layer)
+        wanted_GS = self._wanted(forecast.load, now_GS, residency)
         moves = []
-        for gpu in alive.tolist():
+        for gpu in np.flatnonzero(residency.alive_G).tolist():
             free = [i for i in range(c.layer_slots) if now_GS[gpu, i] not in wanted_GS[gpu] or now_GS[gpu, i] == EMPTY]
             new = [e for e in wanted_GS[gpu] if e != EMPTY and e not in now_GS[gpu]]
             for i, expert in zip(free, new, strict=False):
                 slot = target.layer * c.layer_slots + i
                 moves.append(_copy(residency, target.layer, int(expert), gpu, slot, blocking=True))
         return moves
+
+    def _wanted(self, load_E: NDArray[np.float64], now_GS: NDArray[np.int32], residency: Residency) -> Ids:
+        """[G, S] the layout of one layer."""
+        c, alive = residency.cluster, np.flatnonzero(residency.alive_G)
+        whole = len(alive) == c.gpus
+        if self.moves is not None and whole and held(now_GS[None], c.experts).any(axis=2).all():
+            changed_LGS = plan(load_E[None], c.gpus, c.layer_slots, now_GS[None], moves=self.moves).placed_LGS
+            return np.asarray(changed_LGS[0])
+        if self.hierarchical and whole:
+            return grouped_eplb(load_E, c.gpus, c.layer_slots, c.nodes, c.groups)
+        wanted_GS = np.full((c.gpus, c.layer_slots), EMPTY, np.int32)
+        wanted_GS[alive] = eplb(load_E, len(alive), c.layer_slots)
+        return wanted_GS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +133,10 @@ class Replicate:
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
             raise InputError(f"plan = {self.plan!r} is not known; known: {', '.join(PLANS)}")
+        for name, least in (("cap", 1), ("most_moves", 0), ("most_per_gpu", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
 
     def targets(self, step: int, point: int, layers: int) -> Sequence[Target]:
         """One layer a point; before anything was planned (the first step), all layers at point 0."""
@@ -129,8 +151,8 @@ class Replicate:
         failed) comes from the host first, and stays."""
         c, layer = residency.cluster, target.layer
         slots_GS, first = residency.replicas_GS(layer), c.replica_slots(layer).start
-        home_EG = _one_hot(residency.experts_GS(layer)[:, : c.home_slots], c.experts)
-        have_EG = _one_hot(slots_GS, c.experts)
+        home_EG = held(residency.experts_GS(layer)[None, :, : c.home_slots], c.experts)[0]
+        have_EG = held(slots_GS[None], c.experts)[0]
         slots = slots_GS.shape[1]
         most = slots if self.most_per_gpu is None else min(self.most_per_gpu, slots)
         room_G = np.where(residency.alive_G, most, 0)
@@ -173,14 +195,6 @@ def _adopt(
             room_G[gpu] -= 1
             adopted.append((expert, gpu))
     return adopted
-
-
-def _one_hot(slots_GS: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
-    """[E, G] True where one of the slots [G, S] holds the expert."""
-    gpu, slot = np.nonzero(slots_GS != EMPTY)
-    held = np.zeros((experts, slots_GS.shape[0]), np.bool_)
-    held[slots_GS[gpu, slot], gpu] = True
-    return held
 
 
 def _copy(

@@ -87,6 +87,13 @@ def test_errors_are_one_line(measured, arguments, message):
     assert message in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_lossy_means_those_that_run_with_so_many_slots():
+    from moesim.cli.quality import _policies
+
+    assert "fate" in _policies("lossy", 8) and "predictive-replication-executed" not in _policies("lossy", 8)
+    assert "fate" not in _policies("lossy", None) and "predictive-replication-executed" in _policies("lossy", None)
+
+
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     result = run("quality", tmp_path, "--policy", "fate")
     assert result.exit_code == 2 and "not a model folder" in result.stderr

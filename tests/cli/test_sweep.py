@@ -148,6 +148,7 @@ def test_a_map_holds_everything_else_fixed():
         (["--policy", "eplb", "--shapes", "gpt-9"], "unknown shapes 'gpt-9'"),
         (["--policy", "eplb", "--skew", "high"], "--skew 'high': give numbers"),
         (["--policy", "eplb", "--map", "m.png", "--where", "colour=red"], "--where 'colour=red': give NAME=VALUE"),
+        (["--policy", "eplb", "--where", "gpus=8"], "--where chooses rows for a map: give --map FILE"),
         (["--policy", "eplb", "--grid", "none.toml"], "none.toml: cannot be read"),
     ],
 )
@@ -157,6 +158,13 @@ def test_what_is_wrong_is_said_in_one_line(trace, tmp_path, monkeypatch, options
     result = run(trace, *profile, *options, "--max-steps", "1", "--out", "s")
     assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_a_grid_file_whose_policy_is_no_name_is_said_in_one_line(trace, tmp_path):
+    grid = tmp_path / "grid.toml"
+    grid.write_text("policy = [1]")
+    result = run(trace, "--profile", NODE, "--grid", grid, "--out", tmp_path / "s")
+    assert result.exit_code == 2 and "policy must be str, got 1" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def run(*arguments, command="tune"):
 def test_the_winner_is_written_confirmed_and_simulated_by_the_printed_command(trace, tmp_path):
     out = tmp_path / "deep" / "winner.toml"
     options = [trace, "--profile", NODE, "--gpus", 4, "--batch-tokens", 64, "--dtype", "bfloat16", "--out", out]
+    options += ["--micro-batches", 2, "--no-overlap"]
     result = run(*options, "--policies", "balanced,eplb,predictive-layer")
     assert result.exit_code == 0, result.output
     for words in ("Speedup over contiguous, simulated", "winner: ", "that the choice never saw", "constraints: exact."):
@@ -43,6 +44,7 @@ def test_the_winner_is_written_confirmed_and_simulated_by_the_printed_command(tr
     assert told["profile"] == NODE and told["gpus"] == 4 and len(told["trace_sha256"]) == 64
     assert told["fit_requests"] + told["tune_requests"] + told["confirm_requests"] == 40
     words = shlex.split(result.stdout.splitlines()[-1])
+    assert "--no-overlap" in words and "False" not in words
     assert words[:2] == ["moesim", "simulate"] and "--dtype" in words and str(out) in words
     simulated = CliRunner().invoke(main, [*words[1:], "--json"])
     named = [told["policy"] if word == str(out) else word for word in words[1:]]

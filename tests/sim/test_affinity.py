@@ -9,11 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import make_table
-from moesim.sim.affinity import Affinity, arranged, companions, crossing, followers, searched
+from moesim.sim.affinity import Affinity, arranged, companions, followers, searched
 from moesim.sim.affinity_program import optimum
 from moesim.sim.policies.placements import PLACEMENTS
 from moesim.sim.residency import EMPTY, Cluster
 from moesim.traces import InputError, LoadTable, load_LE
+
+
+def crossing(between_LEE, bin_LE):
+    """Share of the transitions from a layer to the next that change the bin; 0 where there is one layer."""
+    if not len(between_LEE):
+        return 0.0
+    change = [float(w[a[:, None] != b].sum()) for w, a, b in zip(between_LEE, bin_LE, bin_LE[1:], strict=False)]
+    return float(np.mean(change))
 
 
 @st.composite

@@ -200,3 +200,12 @@ def test_belady_without_a_future_says_what_it_needs():
     )
     with pytest.raises(InputError, match="shown the future: it needs a recording"):
         evict.victim(POOL, [(0, 0)], (0, 1))
+
+
+def test_what_failed_with_its_gpu_is_forgotten_by_arc():
+    evict = rule("arc")
+    evict.loaded((0, 3), POOL, ahead=True)
+    evict.gone((0, 3))
+    evict.loaded((0, 3), POOL, ahead=False)  # it comes again, from the host
+    evict.used((0, 3), POOL, hit=True, full=True)  # a hit, and not the use that a prefetch waits for
+    assert list(evict.lists[POOL].often) == [(0, 3)]

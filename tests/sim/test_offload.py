@@ -7,32 +7,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import MS, node, quick_policy, scripted, two_layers
+from nodes import MS, decoding, node, quick_policy, scripted, two_layers
 
-from helpers import make_spec, make_table, with_router_inputs
+from helpers import make_spec, make_table
 from moesim.sim.cost import expert_seconds, host_seconds
+from moesim.sim.driver import Driver
 from moesim.sim.engine import simulate
 from moesim.sim.execution import Execution
 from moesim.sim.policies import POLICIES, make_policy, offloading
 from moesim.sim.profile import HostLink, Link
 from moesim.sim.residency import Cluster, Transfer
-from moesim.sim.scenario import make_scenario
-from moesim.traces import InputError, Phase, StackSpec, Workload
+from moesim.sim.scenario import make_scenario, rank_counts
+from moesim.traces import InputError, Phase, Workload
 
-DECODER = make_spec(stacks=(StackSpec(name="decoder", num_layers=3, moe_layers=(0, 1, 2)),))
 COPY = Transfer(layer=1, expert=0, source=0, target=1, slot=3)
 
 
 def decode(resident, gpus=1, batch=1, requests=8, **table):
-    made, gates = with_router_inputs(make_table(requests=requests, length=12, phase=Phase.DECODE, **table))
-    return make_scenario(
-        replace(DECODER, top_k=made.topk_ids.shape[2]),
-        made,
-        phase=Phase.DECODE,
-        gpus=gpus,
-        workload=Workload(batch=batch),
-        resident=resident,
-        gates=gates,
+    return decoding(
+        make_table(requests=requests, length=12, phase=Phase.DECODE, **table), resident, gpus=gpus, batch=batch
     )
 
 
@@ -270,3 +263,23 @@ def test_an_expert_whose_only_copy_another_micro_batch_is_moving_is_waited_for()
     kept = sum(2 * int((~step.dropped).sum()) for step in scene.steps())
     assert sum(np.sum(step.load_LG) for step in result.steps) == kept
     assert result.phase_s()["blocked"] > 0
+
+
+def test_a_late_copy_is_counted_once_however_many_waves_its_layer_takes():
+    scene = decode(2, batch=4, requests=8)
+    driver = Driver(quick_policy("prefetch-layer", scene))
+    step = next(scene.steps())
+    driver.begin_step(step.tokens)
+    counts = [rank_counts(step.ids[:, i], step.dropped[:, i], step.rank, scene.cluster) for i in range(2)]
+    under_way = driver.routed(step.layer(0))
+    driver.executed(step.dropped[:, 0])
+    driver.fetch(counts[0])
+    driver.dispatch(counts[0])
+    assert [t for t in under_way if t.layer == 1], "nothing is copied ahead: the test tests nothing"
+    before = driver.scores.late
+    driver.routed(step.layer(1))
+    driver.executed(step.dropped[:, 1])
+    driver.dispatch(counts[1])
+    late = driver.scores.late
+    driver.dispatch(np.zeros_like(counts[1]))
+    assert late > before and driver.scores.late == late

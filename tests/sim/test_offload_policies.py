@@ -8,9 +8,9 @@ import pytest
 import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import node, quick_policy
+from nodes import decoding, node, quick_policy
 
-from helpers import make_spec, make_table, with_router_inputs
+from helpers import make_table
 from moesim.predictors import Forecast
 from moesim.sim.cachestats import CacheBook
 from moesim.sim.driver import DecisionLog, Driver
@@ -29,28 +29,17 @@ from moesim.sim.policies import (
 from moesim.sim.policies.prefetching import expected_needs
 from moesim.sim.profile import HostLink
 from moesim.sim.residency import EMPTY, Cluster
-from moesim.sim.scenario import make_scenario
 from moesim.sim.station import Station
-from moesim.traces import InputError, Phase, StackSpec, Workload
+from moesim.traces import InputError, Phase
 
 LAYERS = 3
-DECODER = make_spec(stacks=(StackSpec(name="decoder", num_layers=LAYERS, moe_layers=tuple(range(LAYERS))),))
 
 
 def scene(resident=3, top_k=1, batch=1, seed=0, requests=8, drops=True):
     table = make_table(requests=requests, length=10, top_k=top_k, seed=seed, phase=Phase.DECODE, noise=0.3)
     if not drops:
         table = replace(table, dropped=np.zeros_like(table.dropped))
-    table, gates = with_router_inputs(table)
-    return make_scenario(
-        replace(DECODER, top_k=top_k),
-        table,
-        phase=Phase.DECODE,
-        gpus=1,
-        workload=Workload(batch=batch),
-        resident=resident,
-        gates=gates,
-    )
+    return decoding(table, resident, batch=batch)
 
 
 def run(made, name, profile=None):
@@ -252,7 +241,7 @@ def test_the_cutoff_is_where_the_draft_or_the_memory_ends():
     [
         (lambda: Prefetch(depth=0), "depth must be at least 1"),
         (lambda: PrefetchOver(percentile=100.0), "percentile must lie in"),
-        (lambda: PrefetchDraft(copy_s=0.0), "copy_s positive"),
+        (lambda: PrefetchDraft(copy_s=0.0), "copy_s must be a finite time above 0"),
     ],
 )
 def test_options_that_make_no_sense(make, message):

@@ -44,6 +44,17 @@ def test_a_base_lends_the_parts_that_are_not_named(tmp_path):
         ('base = "probe"\n\n[rule]\nname = "replicate"\nnext_batch = false\ncap = true\n', 6, "cap must be int"),
         ('placement = "balanced"\nrule = "replicate"\n', 2, "rule needs a name"),
         ('summary = "no parts"\n', 1, "no placement and no base"),
+        ('base = ["eplb"]\n', 1, "no named policy"),
+        ('placement = "balanced"\n\n[rule]\nname = ["never"]\n', 3, "rule needs a name"),
+        ('base = "eplb"\n\n[rule]\nname = "periodic"\ninterval = 0\n', 5, "interval must be at least 1"),
+        ('base = "eplb"\n\n[rule]\nname = "periodic"\nmoves = 0\n', 5, "moves must be at least 1"),
+        (
+            'base = "lina"\n\n[rule]\nname = "replicate"\nnext_batch = false\nmost_per_gpu = -1\n',
+            6,
+            "most_per_gpu must",
+        ),
+        ('base = "sp-moe"\n\n[rule]\nname = "prefetch-draft"\ndraft_s = inf\n', 5, "draft_s must be a finite"),
+        ('base = "sp-moe"\n\n[rule]\nname = "prefetch-draft"\nafter = -5\n', 5, "after must be a layer"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_line(text, line, what, tmp_path):

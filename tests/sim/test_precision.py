@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import node, quick_policy
+from nodes import decoding, node, quick_policy
 
-from helpers import make_spec, make_table, with_router_inputs
+from helpers import make_table
 from moesim.predictors import RoutedLayer
 from moesim.sim.driver import Driver
 from moesim.sim.engine import simulate
@@ -16,10 +16,8 @@ from moesim.sim.execution import COPY_BYTES, Execution, copy_bytes
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.policies.precision import FULL, ByPopularity, ByScore, scores
 from moesim.sim.residency import EMPTY, PRECISIONS
-from moesim.sim.scenario import make_scenario
-from moesim.traces import InputError, Phase, StackSpec, Workload
+from moesim.traces import InputError, Phase
 
-DECODER = make_spec(stacks=(StackSpec(name="decoder", num_layers=3, moe_layers=(0, 1, 2)),))
 LOW = PRECISIONS.index("int4")
 
 
@@ -28,16 +26,7 @@ def scene(resident=3, top_k=3, batch=1, weights=True, seed=0, requests=10):
     rng = np.random.default_rng(seed)
     weight = rng.dirichlet(np.ones(top_k), table.topk_ids.shape[:2])
     table = replace(table, topk_weights=-np.sort(-weight, axis=2).astype(np.float16) if weights else None)
-    table, gates = with_router_inputs(table)
-    return make_scenario(
-        replace(DECODER, top_k=top_k),
-        table,
-        phase=Phase.DECODE,
-        gpus=1,
-        workload=Workload(batch=batch),
-        resident=resident,
-        gates=gates,
-    )
+    return decoding(table, resident, batch=batch)
 
 
 def run(made, name="hobbit", **parts):
