@@ -134,8 +134,11 @@ def _recording(name: str, options: argparse.Namespace, folder: Path) -> Trace:
     """The recording, made by a command of moesim where it is not there yet; it appears whole or not at all."""
     path = folder / f"{name}.moetrace"
     if not path.exists():
+        for word in TRACES[name]:  # a recording made of others
+            if word.startswith("{runs}/"):
+                _recording(Path(word).stem, options, folder)
         part = path.with_name(f"part-{path.name}")
-        command = [word.format(esft=options.esft, root=ROOT) for word in TRACES[name]]
+        command = [word.format(esft=options.esft, root=ROOT, runs=folder) for word in TRACES[name]]
         moesim([*command, "--out", str(part), "--force"], standalone_mode=False)
         part.rename(path)
     return Trace.open(path)

@@ -7,7 +7,7 @@ the source of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moesim.sim.execution import Execution
@@ -24,6 +24,7 @@ TRACES: dict[str, list[str]] = {
         f"{name}-decode": ["trace", "import", f"{{esft}}/{name}.npz", "--experts", "64", "--phase", "decode"]
         for name in TASKS
     },
+    "esft-stream": ["trace", "concat", *(f"{{runs}}/{name}.moetrace" for name in TASKS)],
     "switch-mini": [
         "record", "--model", "{root}/models/switch-mini", "--text", "{root}/models/switch-mini/samples",
         "--router-input", "--lookahead", "3",
@@ -42,6 +43,8 @@ PARALLEL = (
     "moe-gps-distribution", "moe-gps-token", "lina", "libra", "probe-gate", "probe", "predictive-replication",
     "hedged", "weighed", "oracle", "oracle-weighed",
 )  # fmt: skip
+HISTORY = ("eplb", "eplb-hierarchical", "lplb", "eplb-incremental")
+"""They plan every eight steps from the loads of the steps before."""
 OFFLOADING = (
     "on-demand", "lfu", "arc", "fiddler", "moe-infinity", "pre-gated", "hobbit-exact", "hobbit", "fate", "sp-moe",
     "diff-moe", "expertflow", "prefetch-layer", "prefetch-ridge", "belady", "oracle-prefetch",
@@ -105,6 +108,13 @@ def _esft(tokens: int, steps: int) -> Case:
 CASES = (
     _esft(64, 24),
     _esft(1024, 8),
+    replace(
+        _esft(1024, 24),
+        name="esft-stream-1024",
+        title="the same four tasks one after the other, so that there are steps enough for plans from history",
+        traces=("esft-stream",),
+        policies=("contiguous", "balanced", "moetuner", *HISTORY, "hedged", "weighed", "oracle", "oracle-weighed"),
+    ),
     Case(
         name="switch-128-like",
         title="made-up routing with the skew of Switch-base-128's encoder, 4,096 tokens a step",
@@ -183,7 +193,7 @@ class Claim:
 
 EP = ("esft-64", "esft-1024", "switch-128-like", "switch-mini", "switch-mini-8192")
 MINI = ("switch-mini", "switch-mini-8192")
-LONG = ("esft-64", *MINI)
+LONG = ("esft-64", "esft-stream-1024", *MINI)
 """Cases of more steps than EPLB's interval."""
 OFF = ("esft-offload", "mini-offload")
 
