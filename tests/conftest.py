@@ -1,10 +1,12 @@
-"""Makes `tests/helpers.py` importable under importlib mode, and keeps torch to one thread.
+"""Makes `tests/helpers.py` importable under importlib mode, keeps torch to one thread, interprets Triton.
 
 One thread: tests run two at a time on two cores, and threads that wait for each other make them crawl. The variables
-are set before torch is first imported, and subprocesses inherit them.
+are set before torch is first imported, and subprocesses inherit them. Triton's kernels run in its interpreter where
+there is no GPU; that, too, is decided when they are first imported.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples on every run; `make fuzz` looks for new ones.
