@@ -27,7 +27,7 @@ from moesim.backend.session import device_name
 from moesim.backend.shares import Padded, pad
 from moesim.backend.switch import check_trace, load_model
 from moesim.predictors import Oracle
-from moesim.sim.policies import Policy, make_policy, recipe
+from moesim.sim.policies import Policy, make_policy, recipe, recipe_digest
 from moesim.sim.quality import Quality
 from moesim.sim.residency import Cluster
 from moesim.traces import InputError, Phase, StepTokens, TokenTable, split_requests, vocabulary_ids
@@ -272,6 +272,7 @@ def compared(
     hidden, exact_hidden = (torch.cat([one.hidden_ND for one in side]).double() for side in (got, wanted))
     return Quality(
         policy=name,
+        policy_digest=recipe_digest(recipe(name)),
         model_digest=digest,
         phase=settings.phase,
         resident=settings.resident,
@@ -296,7 +297,7 @@ def model_digest(folder: Path) -> str:
 
 
 def _config(trace: Trace, settings: Settings, inputs: list[Inputs], tokens: int) -> dict[str, Any]:
-    from importlib.metadata import version
+    from moesim.traces.versions import version
 
     names = ("moesim", "torch", "transformers", "numpy")
     return {

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from moesim.sim.tune import tune as choose
 from moesim.traces import InputError, Phase, Workload
 from moesim.traces.spec import PUBLISHED
 from moesim.traces.store import Trace
+from moesim.traces.versions import version
 
 SHOWN = 12
 """Candidates in the table; --json has all."""

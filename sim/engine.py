@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from moesim.sim.fabric import Fabric
 from moesim.sim.faults import Fault, check_faults
 from moesim.sim.lane import Lane
 from moesim.sim.limits import check_fits, on_disk
-from moesim.sim.policies import Policy
+from moesim.sim.policies import Policy, recipe_digest
 from moesim.sim.profile import HardwareProfile
 from moesim.sim.rates import rates_of
 from moesim.sim.results import Result
@@ -40,6 +39,7 @@ from moesim.sim.serving import Closed, Source
 from moesim.sim.static import StaticSteps, is_static
 from moesim.sim.station import Station
 from moesim.traces import InputError
+from moesim.traces.versions import version
 
 Steps = Generator[Any, Any, None]
 DEFAULT = Execution()
@@ -75,6 +75,7 @@ def simulate(
     config = {
         **scenario.config(),
         **source.config(),
+        "policy_digest": recipe_digest(policy.recipe),
         "dtype": dtype,
         "profile": profile.name,
         "profile_kind": profile.provenance.kind,

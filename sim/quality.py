@@ -16,7 +16,7 @@ from moesim.sim.policies import recipe
 from moesim.sim.results import Result
 from moesim.traces import InputError, MoesimError
 
-FORMAT, VERSION = "moesim-quality", 1
+FORMAT, VERSION = "moesim-quality", 2
 NOT_MEASURED = "quality not measured"
 
 
@@ -25,6 +25,8 @@ class Quality:
     """One policy against the exact model, on held-out requests."""
 
     policy: str
+    policy_digest: str
+    """Of its parts (policies/files.py): an edited file is another policy, whatever its name."""
     model_digest: str
     """Of the weights that were run, as traces have it."""
     phase: str
@@ -56,11 +58,11 @@ class Quality:
         """Whether it was measured for what the result is about: policy, weights, slots, precision and phase."""
         c = result.config
         phases = ("prefill", "decode") if c.get("phase") == "encoder" else (c.get("phase"),)
-        same = (c.get("model_digest"), c.get("resident"), c.get("copy_dtype"))
+        same = [c.get(name) for name in ("policy_digest", "model_digest", "resident", "copy_dtype")]
         return (
             self.policy == result.policy
             and bool(self.model_digest)
-            and same == (self.model_digest, self.resident, self.copy_dtype)
+            and same == [self.policy_digest, self.model_digest, self.resident, self.copy_dtype]
             and (self.phase in phases or c.get("phase") == "prefill and decode")
         )
 

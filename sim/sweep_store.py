@@ -16,17 +16,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moesim.sim.policies import recipe
-from moesim.sim.policies.files import recipe_toml
+from moesim.sim.policies import recipe, recipe_digest
 from moesim.sim.profile import load_profile
 from moesim.sim.sweep import NUMBERS, TYPES, Row, Settings
 from moesim.traces import InputError
 from moesim.traces.store import MANIFEST as TRACE_MANIFEST
 from moesim.traces.store import Trace
+from moesim.traces.versions import version
 
 FORMAT, VERSION = "moesim-sweep", 1
 MANIFEST, RUNS, TABLE, TRACES = "sweep.json", "runs", "table.parquet", "traces"
@@ -124,12 +123,13 @@ class Store:
 
 def with_speedup(found: Mapping[Settings, Row | None], baseline: str | None) -> list[Row]:
     """The rows that there are, each with its `speedup`: time of the baseline's run over its own; None where either has
-    no time."""
+    no time, and where what is computed is not what the model computes: a sweep measures no quality."""
     rows = []
     for one, row in found.items():
         if row is not None:
             base = (found.get(one.baseline(baseline)) or {}).get("total_s")
-            rows.append({**row, "speedup": base / row["total_s"] if base and row["total_s"] else None})
+            fair = base and row["total_s"] and not row["lossy"]
+            rows.append({**row, "speedup": base / row["total_s"] if fair else None})
     return rows
 
 
@@ -146,7 +146,7 @@ def manifest_of(axes: Mapping[str, Sequence[Any]], baseline: str | None, search:
         "search": dict(search),
         "traces": {path: trace_digest(Path(path)) for path in axes["trace"]},
         "profiles": {name: _digest(json.dumps(asdict(load_profile(name)))) for name in axes["profile"]},
-        "policies": {name: policy_digest(name) for name in policies},
+        "policies": {name: recipe_digest(recipe(name)) or name for name in policies},
     }
 
 
@@ -154,15 +154,6 @@ def trace_digest(path: Path) -> str:
     """SHA-256 of the manifest of the trace at `path`. Raises TraceError where there is none."""
     Trace.open(path)
     return hashlib.sha256((path / TRACE_MANIFEST).read_bytes()).hexdigest()
-
-
-def policy_digest(name: str) -> str:
-    """SHA-256 of the policy's parts; of a function whose parts have no names, of its name."""
-    parts = recipe(name)
-    try:
-        return _digest(recipe_toml(parts))
-    except InputError:
-        return _digest(name)
 
 
 def json_of(file: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from moesim.traces.formats import FORMATS, Format, ImportOptions, Recording, rec
 from moesim.traces.spec import ModelSpec, StackSpec
 from moesim.traces.store import Trace, first_problem
 from moesim.traces.tokens import LoadTable, TokenTable
+from moesim.traces.versions import version
 from moesim.traces.writer import TraceWriter
 
 Progress = Callable[[int, int | None], None]

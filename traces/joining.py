@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from moesim.traces.gates import Gates
 from moesim.traces.importing import Progress
 from moesim.traces.store import OPTIONAL, Trace
 from moesim.traces.tokens import LoadTable, TokenTable
+from moesim.traces.versions import version
 from moesim.traces.writer import TraceWriter
 
 

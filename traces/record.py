@@ -12,7 +12,6 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from moesim.traces.routers import RouterRecorder, Selection
 from moesim.traces.spec import ModelSpec
 from moesim.traces.texts import Text
 from moesim.traces.tokens import Phase, TokenTable
+from moesim.traces.versions import version
 from moesim.traces.writer import SHARD_TOKENS, TraceWriter
 
 ENCODER_TOKENS, DECODER_PROMPT, PROMPT = 128, 32, 128

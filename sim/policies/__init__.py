@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.predictors import PREDICTORS, Learned, Predictor, RouterSpec, missing
 from moesim.predictors.base import WITHOUT
 from moesim.sim.eviction import POOLED
-from moesim.sim.policies.files import is_own, own_recipe
+from moesim.sim.policies.files import is_own, own_recipe, recipe_digest
 from moesim.sim.policies.placements import OF_TOKENS, balanced_placement, contiguous_placement
 from moesim.sim.policies.prefetching import (
     Prefetch,
@@ -185,5 +185,6 @@ __all__ = [
     "needs_tokens",
     "offloading",
     "recipe",
+    "recipe_digest",
     "unfit",
 ]

@@ -19,6 +19,7 @@ A table `found` may stand there, too, and is not read: `moesim tune` writes ther
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import re
@@ -78,6 +79,14 @@ def recipe_toml(recipe: Recipe) -> str:
         values: dict[str, Any] = asdict(cast(Any, part)) if is_dataclass(part) else {}
         lines += [f"{option} = {_value(value)}" for option, value in values.items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of the parts, whatever the policy is called; empty where a part is a function without a name."""
+    try:
+        return hashlib.sha256(recipe_toml(replace(recipe, summary="")).encode()).hexdigest()
+    except InputError:
+        return ""
 
 
 def _from_function(name: str) -> Recipe:

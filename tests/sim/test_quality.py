@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from moesim.sim.policies import POLICIES, recipe_digest
 from moesim.sim.quality import (
     NOT_MEASURED,
     Quality,
@@ -22,6 +23,7 @@ from moesim.traces import InputError
 
 FATE = Quality(
     policy="fate",
+    policy_digest=recipe_digest(POLICIES["fate"]),
     model_digest="abc",
     phase="prefill",
     resident=8,
@@ -40,7 +42,8 @@ def result(policy, seconds=1.0, *, config=None, **counts):
     record = StepRecord(
         duration_s=seconds, tokens=4, phase_s=dict.fromkeys(PHASES, 0.0), load_LG=[[4]], busy_s=[seconds], **counts
     )
-    given = {"model_digest": "abc", "resident": 8, "phase": "encoder", **(config or {})}
+    digest = recipe_digest(POLICIES[policy]) if policy in POLICIES else ""
+    given = {"policy_digest": digest, "model_digest": "abc", "resident": 8, "phase": "encoder", **(config or {})}
     return Result(kind="simulated", policy=policy, config=given, steps=[record])
 
 
@@ -79,7 +82,8 @@ def test_a_lossy_baseline_makes_every_speedup_wait():
     rounded = result("on-demand", rounded_tokens=1)
     assert speedup_text(result("lfu"), rounded, []) == ("-", f"{NOT_MEASURED} of on-demand")
     assert not comparable(result("lfu"), rounded, [FATE])
-    assert comparable(result("lfu"), rounded, [replace(FATE, policy="on-demand")])
+    measured = replace(FATE, policy="on-demand", policy_digest=recipe_digest(POLICIES["on-demand"]))
+    assert comparable(result("lfu"), rounded, [measured])
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,7 @@ def test_a_lossy_baseline_makes_every_speedup_wait():
         ({"model_digest": "abd"}, False),
         ({"model_digest": ""}, False),
         ({"copy_dtype": "int4"}, False),
+        ({"policy_digest": recipe_digest(replace(POLICIES["fate"], eviction="lfu"))}, False),
     ],
 )
 def test_it_must_be_of_the_same_model_slots_precision_and_phase(config, fits):
@@ -117,8 +122,8 @@ def test_reads_back(tmp_path):
         ("{", "not a JSON file"),
         ("[]", "not a file of moesim quality"),
         ('{"format": "moesim-quality", "version": 9}', "version 9"),
-        ('{"format": "moesim-quality", "version": 1}', "no entries"),
-        ('{"format": "moesim-quality", "version": 1, "entries": [{}]}', "damaged entry"),
+        ('{"format": "moesim-quality", "version": 2}', "no entries"),
+        ('{"format": "moesim-quality", "version": 2, "entries": [{}]}', "damaged entry"),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, content, message):

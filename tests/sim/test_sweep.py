@@ -94,6 +94,16 @@ def test_one_worker_and_two_give_the_same_table(trace, tmp_path):
     assert parquet.read_table(tmp_path / "one" / TABLE).equals(parquet.read_table(tmp_path / "two" / TABLE))
 
 
+def test_a_lossy_run_has_a_time_and_no_speedup(trace, tmp_path):
+    mine = tmp_path / "skips.toml"
+    mine.write_text('base = "on-demand"\nmiss = "skip"\n')
+    rows, _ = run(axes_of(trace, gpus=[1], resident=[2], policy=["on-demand", str(mine)]), tmp_path / "sweep")
+    found = {row["policy"]: row for row in rows}
+    skips = found[str(mine)]
+    assert skips["lossy"] and skips["total_s"] and skips["speedup"] is None
+    assert found["on-demand"]["speedup"] == 1
+
+
 def test_what_cannot_run_is_a_row_with_its_reason(trace, tmp_path):
     axes = axes_of(trace, gpus=[2, 16], resident=[None, 2, 9], policy=["eplb", "on-demand"])
     rows, _ = run(axes, tmp_path / "sweep")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from helpers import make_spec, make_table
 from moesim.sim import tune as tuning
 from moesim.sim.execution import Execution
-from moesim.sim.policies import POLICIES, recipe
+from moesim.sim.policies import POLICIES, recipe, recipe_digest
 from moesim.sim.profile import load_profile
 from moesim.sim.quality import Quality
 from moesim.sim.scenario import make_scenario
@@ -193,9 +193,20 @@ LOSSY = Execution(copy_dtype="int4")
 
 def quality_of(policy):
     return Quality(
-        policy=policy, model_digest="m", phase="prefill", resident=None, copy_dtype="int4", loss=2.1, exact_loss=2.0,
-        loss_error=0.01, top1_agreement=0.97, output_error=0.02, shares={}, config={},
-    )  # fmt: skip
+        policy=policy,
+        policy_digest=recipe_digest(POLICIES[policy]),
+        model_digest="m",
+        phase="prefill",
+        resident=None,
+        copy_dtype="int4",
+        loss=2.1,
+        exact_loss=2.0,
+        loss_error=0.01,
+        top1_agreement=0.97,
+        output_error=0.02,
+        shares={},
+        config={},
+    )
 
 
 def test_lossy_ones_win_only_when_allowed_and_measured():
