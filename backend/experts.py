@@ -7,13 +7,14 @@ P weights of one expert, N tokens, D = d_model, F = d_ff, X experts with tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+from moesim.backend.grouped import Activation, Groups, SlotWeights, activation_name, choose, grouped_mlp
+
 Key = tuple[int, int]
 """(layer, expert)."""
 
@@ -46,11 +47,14 @@ class ExpertSlots:
 
     def __init__(self, slots: int, shape: ExpertShape, activation: Activation, device: torch.device) -> None:
         self.shape = shape
-        self._activation = activation
         self.rows_SP = torch.zeros((slots, shape.params), dtype=shape.dtype, device=device)
-        half = shape.params // 2
-        self._wi_SFD = self.rows_SP[:, :half].view(slots, shape.d_ff, shape.d_model)
-        self._wo_SDF = self.rows_SP[:, half:].view(slots, shape.d_model, shape.d_ff)
+        self.weights = SlotWeights.of_rows(
+            self.rows_SP,
+            d_model=shape.d_model,
+            d_ff=shape.d_ff,
+            activation=activation_name(activation),
+            gated=False,
+        )
         self._slot_of: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
 
@@ -75,6 +79,8 @@ class ExpertSlots:
         """[N, D] output of each token's expert; tokens lie expert by expert, `tokens_X[i]` for slot `slot_X[i]`."""
         if not slot_X:
             return torch.empty_like(x_ND)
+        if x_ND.is_cuda and choose("auto", x_ND, self.weights) != "loop":
+            return grouped_mlp(x_ND, self._in_order(len(x_ND), slot_X, tokens_X), self.weights)
         parts = torch.split(x_ND, tokens_X)
         return torch.cat([self._one(part, slot) for part, slot in zip(parts, slot_X, strict=True)])
 
@@ -85,5 +91,16 @@ class ExpertSlots:
         return y_ND
 
     def _one(self, x_ND: torch.Tensor, slot: int) -> torch.Tensor:
-        inner_NF = self._activation(functional.linear(x_ND, self._wi_SFD[slot]))
-        return functional.linear(inner_NF, self._wo_SDF[slot])
+        inner_NF = self.weights.act(functional.linear(x_ND, self.weights.up_SFD[slot]))
+        return functional.linear(inner_NF, self.weights.down_SDF[slot])
+
+    def _in_order(self, tokens: int, slot_X: list[int], tokens_X: list[int]) -> Groups:
+        """Groups of tokens that lie in their order already; sizes and slots cross to the device in one copy."""
+        device = self.rows_SP.device
+        ends = [0, *itertools.accumulate(tokens_X)]
+        cut = -(-len(ends) // 4) * 4  # 16 bytes: kernels are compiled once more for what is aligned otherwise
+        told = torch.tensor([*ends, *[0] * (cut - len(ends)), *slot_X], dtype=torch.int32)
+        # From pinned memory the copy is asynchronous; torch keeps the block until the stream is done with it.
+        there = told.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else told
+        order = torch.arange(tokens, device=device)
+        return Groups(order_M=order, offsets_X1=there[: len(ends)], slot_X=there[cut:], every_slot=False)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesim.backend.experts import Activation, ExpertShape
+from moesim.backend.experts import ExpertShape
+from moesim.backend.grouped import Activation
 from moesim.traces import InputError, ModelSpec
 
 Exchange = Callable[[int, "Routed"], torch.Tensor]
