@@ -90,17 +90,26 @@ class Forecast:
     """[E] expected tokens of each expert; sums to tokens x K."""
     topk: Ids | None = None
     """[T, >= K] experts of each token, the likeliest first; None where nothing is said of single tokens."""
-    inclusion: NDArray[np.floating] | None = None
-    """[T, E] probability that the expert is among the token's K; rows sum to K."""
+    inclusion_UE: NDArray[np.floating] | None = None
+    """Probability that the expert is among a token's K, rows sum to K: of every token, or of U kinds of tokens."""
+    kind_T: Ids | None = None
+    """[T] the row that holds for each token; None where every token has its own. Thousands of tokens are of few kinds
+    where a forecast looks at little, and then nothing of the size [T, E] need be made."""
+
+    @property
+    def inclusion(self) -> NDArray[np.floating] | None:
+        """[T, E] probability that the expert is among the token's K."""
+        if self.inclusion_UE is None or self.kind_T is None:
+            return self.inclusion_UE
+        return np.asarray(self.inclusion_UE[self.kind_T])
 
     @property
     def load_sd(self) -> Floats | None:
         """[E] standard deviation of the loads, tokens taken as independent given the forecast; None without
         `inclusion`."""
-        if self.inclusion is None:
+        if self.inclusion_UE is None:
             return None
-        variance_E = (self.inclusion * (1 - self.inclusion)).sum(axis=0, dtype=np.float64)
-        return np.asarray(np.sqrt(variance_E))
+        return np.asarray(np.sqrt(summed(self.inclusion_UE * (1 - self.inclusion_UE), self.kind_T)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,19 +191,29 @@ def tokens_of(seen: Seen, queued: bool) -> StepTokens:
     return seen.queued
 
 
-def from_probabilities(p_TE: NDArray[np.floating], top_k: int) -> Forecast:
-    """Forecast from each token's distribution over experts (rows sum to 1): inclusion probabilities are K times it, at
-    most 1, what is over going to the others."""
-    return from_inclusion(inclusion_of(p_TE, top_k), top_k)
+def from_probabilities(p_UE: NDArray[np.floating], top_k: int, kind_T: Ids | None = None) -> Forecast:
+    """Forecast from the distribution over experts (rows sum to 1) of each token, or of each kind: inclusion
+    probabilities are K times it, at most 1, what is over going to the others."""
+    return from_inclusion(inclusion_of(p_UE, top_k), top_k, kind_T)
 
 
-def from_inclusion(inclusion_TE: NDArray[np.floating], top_k: int) -> Forecast:
-    """Forecast from inclusion probabilities (rows sum to K): loads add up, ids are the K most probable."""
+def from_inclusion(inclusion_UE: NDArray[np.floating], top_k: int, kind_T: Ids | None = None) -> Forecast:
+    """Forecast from inclusion probabilities (rows sum to K) of all tokens, or of kinds of tokens: loads add up, ids are
+    the K most probable."""
+    topk_UK = most_probable(inclusion_UE, top_k)
     return Forecast(
-        load=inclusion_TE.sum(axis=0, dtype=np.float64),
-        topk=most_probable(inclusion_TE, top_k),
-        inclusion=inclusion_TE,
+        load=summed(inclusion_UE, kind_T),
+        topk=topk_UK if kind_T is None else topk_UK[kind_T],
+        inclusion_UE=inclusion_UE,
+        kind_T=kind_T,
     )
+
+
+def summed(value_UE: NDArray[np.floating], kind_T: Ids | None) -> Floats:
+    """[E] sum over the tokens of the rows of their kinds; of all rows where every token has its own."""
+    if kind_T is None:
+        return np.asarray(value_UE.sum(axis=0, dtype=np.float64))
+    return np.bincount(kind_T, minlength=len(value_UE)).astype(np.float64) @ value_UE
 
 
 def inclusion_of(p_TE: NDArray[np.floating], top_k: int) -> NDArray[np.floating]:

@@ -42,11 +42,12 @@ class Frequency:
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Tokens x K split by the fitted shares; the most frequent experts stand for every token's choice."""
-        tokens, E = len(tokens_of(seen, queued)), self.share_LE.shape[1]
+        tokens = len(tokens_of(seen, queued))
         return Forecast(
             load=self.share_LE[layer] * tokens * self.top_k,
             topk=np.broadcast_to(self._order_LE[layer, : self.top_k], (tokens, self.top_k)),
-            inclusion=np.broadcast_to(self._inclusion_LE[layer], (tokens, E)),
+            inclusion_UE=self._inclusion_LE[layer : layer + 1],
+            kind_T=np.zeros(tokens, np.int64),
         )
 
     def cost(self) -> Cost:
@@ -121,8 +122,10 @@ class Markov:
         chain = self.step_LEE[routed - 1]
         for between in range(routed, layer):
             chain = chain @ self.step_LEE[between]
-        p_TE = chain[seen.routed[-1].ids.astype(np.int64)].mean(axis=1)
-        return from_probabilities(p_TE, self._prior.top_k)
+        ids_TK = seen.routed[-1].ids.astype(np.int64)
+        if ids_TK.shape[1] == 1:
+            return from_probabilities(chain, self._prior.top_k, ids_TK[:, 0])
+        return from_probabilities(chain[ids_TK].mean(axis=1), self._prior.top_k)
 
     def cost(self) -> Cost:
         """K rows of E are added."""
@@ -164,7 +167,8 @@ class TokenTableLookup:
         wanted = vocabulary_ids(tokens_of(seen, queued))
         row = np.minimum(np.searchsorted(self.ids_V, wanted), len(self.ids_V) - 1)
         row = np.where(self.ids_V[row] == wanted, row, len(self.ids_V))
-        return from_probabilities(self.p_LVE[layer][row].astype(np.float64), self._prior.top_k)
+        row_U, kind_T = np.unique(row, return_inverse=True)
+        return from_probabilities(self.p_LVE[layer][row_U].astype(np.float64), self._prior.top_k, kind_T)
 
     def cost(self) -> Cost:
         """A row is looked up."""

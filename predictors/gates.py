@@ -78,7 +78,7 @@ class CrossGate:
         return Forecast(
             load=inclusion_TE.sum(axis=0),
             topk=most_probable(inclusion_TE, M) if self.over else told_TM,
-            inclusion=inclusion_TE,
+            inclusion_UE=inclusion_TE,
         )
 
     def cost(self) -> Cost:

@@ -31,7 +31,7 @@ class Oracle:
         certain_TE = np.zeros((len(ids), self.num_experts), np.float32)
         np.put_along_axis(certain_TE, ids.astype(np.int64), 1.0, axis=1)
         load = np.bincount(ids.ravel(), minlength=self.num_experts).astype(np.float64)
-        return Forecast(load=load, topk=ids, inclusion=certain_TE)
+        return Forecast(load=load, topk=ids, inclusion_UE=certain_TE)
 
     def cost(self) -> Cost:
         """Nothing: no machine can have it."""

@@ -33,7 +33,7 @@ class Stack:
         inclusion_TE, topk, load_E = np.empty((T, E), np.float32), np.empty((T, top_k), np.int64), np.zeros(E)
         bias, least = np.float32(self.bias), np.float32(LEAST)
         weighed(opinion_JTE, self.weight_J, bias, least, inclusion_TE, topk, load_E)
-        return Forecast(load=load_E, topk=topk, inclusion=inclusion_TE)
+        return Forecast(load=load_E, topk=topk, inclusion_UE=inclusion_TE)
 
 
 def fit_stack(opinion_JTE: Opinions, ids_TK: NDArray[np.integer], most: int = 4096) -> Stack:

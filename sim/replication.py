@@ -166,6 +166,8 @@ PLANS: dict[str, Plan] = {
     "shadow": shadow,
 }
 """By the name that a policy file gives them."""
+UNSURE = ("hedged",)
+"""Those that ask how sure the loads are; the deviations of thousands of tokens take longer than any plan."""
 
 
 def planned(name: str, need: Need) -> Pairs:

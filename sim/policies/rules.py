@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moesim.predictors import Forecast
 from moesim.sim.planner import Ids, eplb, held, plan
-from moesim.sim.replication import PLANS, Need, grouped_eplb, planned
+from moesim.sim.replication import PLANS, UNSURE, Need, grouped_eplb, planned
 from moesim.sim.residency import EMPTY, HOST, Residency, Transfer
 from moesim.traces.errors import InputError
 
@@ -160,7 +160,7 @@ class Replicate:
         hidden = c.rates.hidden_copies(max(c.layers - 1, 1) if target.queued else 1) if self.hide and c.rates else None
         need = Need(
             load_E=forecast.load,
-            sd_E=forecast.load_sd,
+            sd_E=forecast.load_sd if self.plan in UNSURE else None,
             home_EG=home_EG,
             have_EG=have_EG,
             room_G=room_G,

@@ -23,6 +23,7 @@ from moesim.sim.policies import (
     PrefetchOver,
     PrefetchSequence,
     Target,
+    decides_like,
     make_policy,
     offloading,
 )
@@ -212,15 +213,15 @@ def test_rules_name_layers_and_experts():
 
 def test_as_many_experts_as_are_expected_to_be_needed():
     sure = np.array([[1, 1, 0, 0], [0, 1, 1, 0]], float)
-    assert expected_needs(Forecast(load=sure.sum(axis=0), inclusion=sure)) == 3
+    assert expected_needs(Forecast(load=sure.sum(axis=0), inclusion_UE=sure)) == 3
     half = np.full((3, 4), 0.5)
-    assert expected_needs(Forecast(load=half.sum(axis=0), inclusion=half)) == pytest.approx(4 * (1 - 0.5**3))
+    assert expected_needs(Forecast(load=half.sum(axis=0), inclusion_UE=half)) == pytest.approx(4 * (1 - 0.5**3))
     assert expected_needs(forecast([0.5, 3, 0, 0.25])) == 1.75
 
 
 def test_over_fetching_brings_what_lies_above_the_percentile_of_each_token():
     inclusion = np.array([[0.9, 0.5, 0.3, 0.2, 0.1, 0, 0, 0], [0.1, 0.5, 0, 0, 0, 0.2, 0.3, 0.9]])
-    said = Forecast(load=inclusion.sum(axis=0), inclusion=inclusion)
+    said = Forecast(load=inclusion.sum(axis=0), inclusion_UE=inclusion)
     wide = cluster(pooled=True)
     assert sorted(PrefetchOver(percentile=75).experts(Target(layer=1), said, wide)) == [0, 1, 7]
     assert sorted(PrefetchOver(percentile=50).experts(Target(layer=1), said, wide)) == [0, 1, 2, 3, 5, 6, 7]
@@ -336,3 +337,18 @@ def test_what_became_of_copies_by_hand():
     assert told["prefetch_precision"] == 2 / 4 and told["prefetch_recall"] == 2 / (2 + 2)
     assert told["wasted_bytes"] == 200 and told["late_bytes"] == 25
     assert told["bytes_by_precision"] == {"full": 400, "int4": 25}
+
+
+def test_an_own_policy_decides_as_long_as_the_named_one_it_resembles():
+    """Profiles know seconds of named policies; tune and policy files give others names that nobody has timed."""
+    made = scene()
+    own = make_policy("on-demand", made.cluster, made.fit)
+    timed = {"contiguous": 1e-3, "lfu": 2e-3, "on-demand": 3e-3, "prefetch-ridge": 4e-3}
+    assert decides_like(own, timed) == "on-demand"
+    mine = replace(own, name="mine.toml", recipe=replace(own.recipe, eviction="lfu"))
+    assert decides_like(mine, timed) == "lfu"
+    assert decides_like(mine, ["contiguous", "on-demand"]) == "on-demand"
+    assert decides_like(mine, ["contiguous", "prefetch-ridge"]) is None
+    result = simulate(made, mine, replace(node(), decide_s=timed))
+    assert result.phase_s()["decide"] == pytest.approx(2e-3 * (LAYERS + 1) * len(made.batches))
+    assert (result.config["decide_s"], result.config["decide_s_of"]) == (2e-3, "lfu")
