@@ -50,7 +50,9 @@ def check_device(device: str, ranks: int) -> str:
     if device == "auto":
         return "cuda" if gpus >= ranks else "cpu"
     if gpus == 0:
-        raise InputError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+        cuda = torch.version.cuda
+        why = "nvidia-smi tells whether there is a driver" if cuda else "this build of torch is for CPUs only"
+        raise InputError(f"--device cuda: torch sees no CUDA GPU here ({why}); use --device cpu")
     if ranks > gpus:
         raise InputError(f"--ranks {ranks} is more than the {gpus} GPUs of this machine: use one rank a GPU")
     return "cuda"
@@ -62,7 +64,7 @@ def launch(job: Job, progress: Progress | None = None) -> None:
     Raises InputError or MoesimError with the error of the rank that ended first.
     """
     job.write()
-    with _reported(job, progress):
+    with reported(job, progress):
         run_ranks(["-m", "moesim.backend.worker", job.folder], job.ranks, Path(job.folder))
 
 
@@ -104,15 +106,18 @@ def run_ranks(arguments: list[str], ranks: int, folder: Path) -> None:
 
 
 def report_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Called by a rank: leave the error where the launcher looks for it."""
-    ours = isinstance(error, MoesimError)
+    """Called by a rank: leave the error where the launcher looks for it, in one line where it is a known one."""
+    from moesim.backend.failures import explained, lost_connection
+
+    known = explained(error)
     data = {
         "rank": rank,
         "time_s": time.time(),
-        "ours": ours,
-        "input": isinstance(error, InputError),
+        # The others lose their connection when a rank ends: that explains nothing.
+        "ours": known is not None and not lost_connection(error),
+        "input": isinstance(known, InputError),
         "type": type(error).__name__,
-        "message": str(error),
+        "message": str(known or error),
     }
     (folder / f"error-{rank}.json").write_text(json.dumps(data), encoding="utf-8")
 
@@ -137,8 +142,10 @@ def _explained(failures: dict[int, Any], folder: Path) -> MoesimError:
     files = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")]
     said = sorted(files, key=lambda error: float(error["time_s"]))
     for error in said:
+        if error["ours"] and error["input"]:
+            return InputError(error["message"])
         if error["ours"]:
-            return InputError(error["message"]) if error["input"] else MoesimError(error["message"])
+            return MoesimError(f"rank {error['rank']}: {error['message']}")
     spoken = {error["rank"] for error in said}
     for rank, failure in failures.items():
         if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
@@ -201,7 +208,7 @@ def _own_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _reported(job: Job, progress: Progress | None) -> Iterator[None]:
+def reported(job: Job, progress: Progress | None) -> Iterator[None]:
     """While the ranks run, pass on what rank 0 says about its progress."""
     if progress is None:
         yield

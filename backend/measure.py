@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.backend.ranks import Ranks
 from moesim.sim.results import StepRecord
+from moesim.sim.timeline import Span
 
 Floats = NDArray[np.float64]
 
@@ -20,6 +21,10 @@ START_MARKS = ("start", "decided", "unblocked")
 LAYER_MARKS = ("routed", "gathered", "decided", "unblocked", "split", "received", "computed", "combined")
 """start .. unblocked: decision point 0 and its demand copies. Per layer: router output, ids of all ranks here (and
 arrived copies in slots), policy asked, demand copies here, split made, tokens here, experts done, results here."""
+
+START_SPANS = ("decide", "blocked")
+LAYER_SPANS = ("attention", "exchange ids", "decide", "blocked", "split", "dispatch", "experts", "combine")
+"""What ends at each mark but the first: names of a timeline, the simulator's where it knows the same."""
 
 COLUMNS = ("attention", "gather", "decide", "experts", "blocked")
 ATTENTION, GATHER, DECIDE, EXPERTS, BLOCKED = range(len(COLUMNS))
@@ -48,6 +53,8 @@ def phases(marks: list[float], layers: int) -> Floats:
 class Measured:
     """What all ranks measured in a run."""
 
+    marks_NGM: Floats
+    """Seconds since each rank's own start of the step, START_MARKS, LAYER_MARKS by layer, and the end."""
     phase_NGLP: Floats
     """[N, G, L + 2, 5] seconds, see `phases`."""
     duration_N: Floats
@@ -61,6 +68,22 @@ class Measured:
     def records(self) -> list[StepRecord]:
         """One record a step."""
         return [self._record(n) for n in range(len(self.duration_N))]
+
+    def spans(self) -> list[Span]:
+        """What every rank did when; steps lie end to end, and ranks begin each together."""
+        begin_N = np.cumsum(self.duration_N) - self.duration_N
+        return [
+            Span(name, f"GPU {rank}", float(begin + start), float(end - start))
+            for begin, marks_GM in zip(begin_N, self.marks_NGM, strict=True)
+            for rank, marks in enumerate(marks_GM)
+            for name, start, end in zip(self._names(), marks, marks[1:], strict=False)
+            if end > start
+        ]
+
+    def _names(self) -> list[str]:
+        """[M - 1] what lies between a mark and the next."""
+        layers = (self.marks_NGM.shape[2] - len(START_MARKS) - 1) // len(LAYER_MARKS)
+        return [*START_SPANS, *(LAYER_SPANS * layers), "attention"]
 
     def phase_s(self, n: int) -> dict[str, float]:
         """Seconds of step `n` on the critical path: per layer the slowest rank, summed over the layers.
@@ -107,7 +130,7 @@ class Timeline:
     def add(self, marks: list[float], computed_L: list[int], *, tokens: int, moved: int, hidden: int) -> None:
         """One finished step: this rank's marks, and the tokens that its experts computed in each layer; the rest is the
         same on all ranks."""
-        self._rows.append(np.concatenate([phases(marks, self._layers).ravel(), [marks[-1]], computed_L]))
+        self._rows.append(np.concatenate([marks, computed_L]))
         self._tokens.append(tokens)
         self._moved.append(moved)
         self._hidden.append(hidden)
@@ -115,12 +138,13 @@ class Timeline:
     def exchange(self, ranks: Ranks) -> Measured:
         """Put the steps of all ranks together; every rank must call this, and every rank gets the result."""
         all_GNX = ranks.all_gather(torch.from_numpy(np.stack(self._rows))).numpy()
-        size = (self._layers + 2) * len(COLUMNS)
-        phase_GNLP = all_GNX[:, :, :size].reshape(*all_GNX.shape[:2], self._layers + 2, len(COLUMNS))
+        marks_NGM = all_GNX[:, :, : -self._layers].swapaxes(0, 1)
+        phase_NGLP = np.stack([[phases(marks.tolist(), self._layers) for marks in marks_GM] for marks_GM in marks_NGM])
         return Measured(
-            phase_NGLP=phase_GNLP.swapaxes(0, 1),
-            duration_N=all_GNX[:, :, size].max(axis=0),
-            computed_NLG=np.moveaxis(all_GNX[:, :, size + 1 :], 0, 2).astype(np.int64),
+            marks_NGM=marks_NGM,
+            phase_NGLP=phase_NGLP,
+            duration_N=marks_NGM[:, :, -1].max(axis=1),
+            computed_NLG=np.moveaxis(all_GNX[:, :, -self._layers :], 0, 2).astype(np.int64),
             tokens_N=self._tokens,
             moved_N=self._moved,
             hidden_N=self._hidden,

@@ -13,7 +13,9 @@ from moesim.cli.report import window
 from moesim.sim.comparison import Comparison, Row
 from moesim.sim.comparison import compare as compare_results
 from moesim.sim.quality import how_to_measure, is_lossy, load_qualities, quality_of
-from moesim.sim.results import PHASES, load_results
+from moesim.sim.results import PHASES, Result, load_results
+from moesim.sim.timeline import span_timeline
+from moesim.traces import InputError
 
 
 @click.command()
@@ -21,10 +23,21 @@ from moesim.sim.results import PHASES, load_results
 @click.argument("measured", type=click.Path(path_type=Path))
 @click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
 @click.option("--quality", type=click.Path(path_type=Path), help="A file of moesim quality, for lossy policies.")
+@click.option(
+    "--timeline",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write simulated and measured runs for Perfetto, side by side; needs both made with --timeline.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the comparison as JSON to this file.")
 def compare(
-    simulated: Path, measured: Path, baseline: str, quality: Path | None, as_json: bool, out: Path | None
+    simulated: Path,
+    measured: Path,
+    baseline: str,
+    quality: Path | None,
+    timeline: Path | None,
+    as_json: bool,
+    out: Path | None,
 ) -> None:
     """Print simulated and measured speedup over the same baseline, phase by phase, with the error.
 
@@ -37,13 +50,13 @@ def compare(
     moesim compare simulated.json measured.json
     """
     qualities = load_qualities(quality) if quality else []
-    results = load_results(simulated)
+    results, real = load_results(simulated), load_results(measured)
     unknown = [result for result in results if is_lossy(result) and quality_of(result, qualities) is None]
     if message := how_to_measure(unknown, qualities):
         click.echo(f"left out: {', '.join(result.policy for result in unknown)}. {message}", err=True)
-    comparison = compare_results(
-        [result for result in results if result not in unknown], load_results(measured), baseline
-    )
+    comparison = compare_results([result for result in results if result not in unknown], real, baseline)
+    if timeline:
+        _draw(comparison, results, real, timeline)
     text = json.dumps(comparison.to_dict(), indent=1)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +68,23 @@ def compare(
         for result in results:
             if is_lossy(result) and (found := quality_of(result, qualities)):
                 click.echo(f"{result.policy}: {found.text()}")
+
+
+def _draw(comparison: Comparison, simulated: list[Result], measured: list[Result], path: Path) -> None:
+    """Two processes a policy, one under the other. Raises InputError naming the file's kind that holds no spans."""
+    by_policy = [{result.policy: result for result in results} for results in (simulated, measured)]
+    processes = {}
+    for row in comparison.rows:
+        for kind, results in zip(("simulated", "measured"), by_policy, strict=True):
+            if not (spans := results[row.policy].spans):
+                command = "simulate" if kind == "simulated" else "run-gpu"
+                raise InputError(f"the {kind} {row.policy} has no timeline: run {command} with --timeline, too")
+            processes[f"{row.policy}: {kind}"] = spans
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(span_timeline(processes)), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

@@ -48,19 +48,32 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a `MoesimError` ends it with one line on stderr and exit code 2."""
+        """Run the command; a `MoesimError`, or one of torch or the driver, ends it with a line on stderr and code 2."""
         try:
             return super().invoke(ctx)
-        except MoesimError as error:
-            click.echo("Error: " + " ".join(str(error).split()), err=True)
-            ctx.exit(USAGE_ERROR)
-        except KeyboardInterrupt:
-            click.echo("Interrupted: everything written so far is kept.", err=True)
-            ctx.exit(INTERRUPTED)
         except BrokenPipeError:
             # The reader of our output has gone (`moesim ... | head`): not an error of ours.
             sys.stderr.close()
             ctx.exit(0)
+        except (MoesimError, RuntimeError, AssertionError, MemoryError, OSError) as error:
+            if (known := _known(error)) is None:
+                raise
+            click.echo("Error: " + " ".join(str(known).split()), err=True)
+            ctx.exit(USAGE_ERROR)
+        except KeyboardInterrupt:
+            click.echo("Interrupted: everything written so far is kept.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def _known(error: BaseException) -> MoesimError | None:
+    """The error as one of ours; None for a bug. Torch is asked only where the command has loaded it."""
+    if isinstance(error, MoesimError):
+        return error
+    if "torch" not in sys.modules:
+        return None
+    from moesim.backend.failures import explained
+
+    return explained(error)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

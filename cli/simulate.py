@@ -30,6 +30,7 @@ from moesim.sim.results import Result, save_results
 from moesim.sim.runs import Inputs, run_policies
 from moesim.sim.scenario import STACK_OF_PHASE, make_scenario
 from moesim.sim.serving import Serving
+from moesim.sim.timeline import spans_of
 from moesim.sim.timeline import timeline as make_timeline
 from moesim.traces import InputError, LoadTable, ModelSpec, Phase, TokenTable, Workload
 from moesim.traces.errors import MoesimError
@@ -153,7 +154,11 @@ def simulate(
             _check_writable(path)
         results = _run_all(names, inputs, logs, workers, out)
         if timeline:
-            timeline.write_text(json.dumps(make_timeline(read_log(logs["events"]))), encoding="utf-8")
+            events = read_log(logs["events"])
+            timeline.write_text(json.dumps(make_timeline(events)), encoding="utf-8")
+            results = [replace(result, spans=spans_of(events[result.policy])) for result in results]
+            if out:
+                _save(results, out)
     if picture:
         load_over_time(results, picture, "Tokens on each GPU, layer after layer")
     if as_json:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moesim.sim.timeline import Span, pack, unpack
 from moesim.sim.totals import PHASES, StepRecord, Totals
 from moesim.traces import InputError
 
@@ -32,6 +33,8 @@ class Result:
     scores: dict[str, float | int | None] = field(default_factory=dict)
     serving: dict[str, Any] = field(default_factory=dict)
     """Of an open loop: requests, queueing delay, time to first token and per token, goodput (serving.py)."""
+    spans: list[Span] = field(default_factory=list)
+    """What happened when (timeline.py), where a timeline was asked for."""
 
     def __post_init__(self) -> None:
         if not self.totals.steps:
@@ -65,6 +68,7 @@ class Result:
             "serving": self.serving,
             "phase_s": self.phase_s(),
             "metrics": self.metrics(),
+            **({"spans": pack(self.spans)} if self.spans else {}),
         }
 
 
@@ -104,6 +108,7 @@ def _result(item: Any, path: Path) -> Result:
             totals=Totals.from_dict(item["totals"]),
             scores=item["scores"],
             serving=item["serving"],
+            spans=unpack(item["spans"]) if "spans" in item else [],
         )
         result.metrics()
     except (AttributeError, InputError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:

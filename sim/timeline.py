@@ -1,15 +1,71 @@
-"""The event log as a timeline for Perfetto and Chrome: a row per GPU and per queue, copies as flows, imbalance as a
-counter. Made from the events alone.
+"""Timelines for Perfetto and Chrome.
+
+A simulated run's is made from its event log alone: a row per GPU and per queue, copies as flows, imbalance as counter.
+Whoever measures hands in spans, and spans of both kinds go into one file, a process each (`span_timeline`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from moesim.traces import InputError
 
 Event = dict[str, Any]
 US = 1e6
 COMPUTE = ("attention", "experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something took so long: the one form in which executors tell what happened when. Seconds since the run began."""
+
+    name: str
+    """What was done, named as the simulator names it where it knows the same: attention, decide, blocked, dispatch,
+    experts, combine, or "layer 3 expert 7 to GPU 1" for a copy."""
+    track: str
+    """Who did it, a row of the picture: "GPU 0", "copies into GPU 0"."""
+    start_s: float
+    duration_s: float
+
+
+def pack(spans: Sequence[Span]) -> dict[str, Any]:
+    """JSON form: each name and track once; times in whole nanoseconds, which is finer than any clock."""
+    names, tracks = ({text: i for i, text in enumerate(dict.fromkeys(texts))} for texts in _texts(spans))
+    rows = [[names[s.name], tracks[s.track], round(s.start_s * 1e9), round(s.duration_s * 1e9)] for s in spans]
+    return {"names": list(names), "tracks": list(tracks), "name_track_start_ns_duration_ns": rows}
+
+
+def unpack(data: Mapping[str, Any]) -> list[Span]:
+    """The inverse of `pack`. Raises KeyError, IndexError, TypeError or ValueError for what it did not write."""
+    names, tracks = data["names"], data["tracks"]
+    rows = data["name_track_start_ns_duration_ns"]
+    return [Span(names[n], tracks[t], start / 1e9, duration / 1e9) for n, t, start, duration in rows]
+
+
+def _texts(spans: Sequence[Span]) -> tuple[list[str], list[str]]:
+    return [span.name for span in spans], [span.track for span in spans]
+
+
+def spans_of(events: Iterable[Event]) -> list[Span]:
+    """What a simulated run's log says in the form of a measured one's; flows and counters are left out."""
+    made = _Process(1, "").of(events)
+    rows = {e["tid"]: e["args"]["name"] for e in made if e["name"] == "thread_name"}
+    return [Span(e["name"], rows[e["tid"]], e["ts"] / US, e["dur"] / US) for e in made if e["ph"] == "X"]
+
+
+def span_timeline(spans_by_process: Mapping[str, Sequence[Span]]) -> dict[str, Any]:
+    """Trace Event Format of runs that are to be looked at side by side, each beginning at 0: a process for each name,
+    in order, a thread for each track. Raises InputError where there is nothing to show."""
+    made: list[Event] = []
+    for pid, (name, spans) in enumerate(spans_by_process.items(), 1):
+        process = _Process(pid, name)
+        made += process.of_spans(spans)
+        made.append({"ph": "M", "pid": pid, "tid": 0, "name": "process_sort_index", "args": {"sort_index": pid}})
+    if not any(spans_by_process.values()):
+        raise InputError("no spans to draw: run simulate and run-gpu with --timeline, too")
+    return {"traceEvents": made, "displayTimeUnit": "ms", "otherData": {"made by": "moesim"}}
 
 
 def timeline(events_by_policy: dict[str, list[Event]]) -> dict[str, Any]:
@@ -52,6 +108,15 @@ class _Process:
             elif "duration_s" in event:
                 for gpu in range(self._gpus):
                     self._slice(f"GPU {gpu}", what, event["begin_s"], event["duration_s"], event)
+        return self._made
+
+    def of_spans(self, spans: Iterable[Span]) -> list[Event]:
+        """A slice for each span that took any time, rows in the order of their names so that GPU 2 follows GPU 1."""
+        spans = list(spans)
+        for track in sorted({span.track for span in spans}, key=_natural):
+            self._row(track)
+        for span in spans:
+            self._slice(span.track, span.name, span.start_s, span.duration_s, {})
         return self._made
 
     def _compute(self, event: Event) -> None:
@@ -103,3 +168,8 @@ class _Process:
 
     def _add(self, phase: str, tid: int, at_s: float, **rest: Any) -> None:
         self._made.append({"ph": phase, "pid": self._pid, "tid": tid, "ts": at_s * US, **rest})
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key by which GPU 10 follows GPU 9."""
+    return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split()]

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from moesim.backend.launch import end_with_parent, report_error
@@ -25,6 +26,8 @@ def main():
             raise InputError("the trace does not fit")
         if rank == 1 and how == "bug":
             raise ZeroDivisionError("oops")
+        if rank == 1 and how == "memory":
+            torch.empty(1 << 60, dtype=torch.uint8)
         dist.barrier()
         signal.pause()
     except BaseException as error:

@@ -21,6 +21,7 @@ DYING = Path(__file__).with_name("dying.py")
         ("killed", MoesimError, "rank 1 was killed by SIGKILL"),
         ("input", InputError, "^the trace does not fit$"),
         ("bug", MoesimError, "rank 1 failed with ZeroDivisionError: oops"),
+        ("memory", MoesimError, "rank 1: out of memory on the host .*: take fewer tokens a step"),
     ],
 )
 def test_the_others_are_stopped_and_the_error_is_told(tmp_path, how, kind, says):
@@ -51,6 +52,17 @@ def test_device_is_checked_before_anything_starts():
     assert check_device("cpu", 3) == "cpu"
     with pytest.raises(InputError, match="must be cpu, cuda or auto"):
         check_device("tpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "says"), [(None, "this build of torch is for CPUs only"), ("13.0", "there is a driver")]
+)
+def test_why_there_is_no_gpu(monkeypatch, cuda, says):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    with pytest.raises(InputError, match=says):
+        check_device("cuda", 1)
+    assert check_device("auto", 1) == "cpu"
 
 
 def alive(folder):

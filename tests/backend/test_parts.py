@@ -9,12 +9,13 @@ from torch.nn import functional
 
 from moesim.backend.experts import ExpertShape, ExpertSlots
 from moesim.backend.job import Job
-from moesim.backend.measure import ATTENTION, BLOCKED, DECIDE, EXPERTS, GATHER, phases
+from moesim.backend.measure import ATTENTION, BLOCKED, DECIDE, EXPERTS, GATHER, Measured, phases
 from moesim.backend.parallel import route
-from moesim.backend.session import summarise
+from moesim.backend.session import Pass, summarise
 from moesim.backend.shares import pad
 from moesim.sim.dispatch import exact_split, send_matrix
 from moesim.sim.results import StepRecord
+from moesim.sim.timeline import Span
 from moesim.traces import InputError
 
 
@@ -91,13 +92,40 @@ def test_marks_become_phases():
     assert table.sum() + communication == 66
 
 
+def test_marks_become_spans_that_lie_end_to_end():
+    """Two ranks, two steps of one layer: steps begin together and what no time was spent on is left out."""
+    marks = np.array([0, 0, 0, 1, 2, 3, 3, 4, 6, 9, 10, 12.0])
+    measured = Measured(
+        marks_NGM=np.array([[marks, marks / 2], [marks, marks]]),
+        phase_NGLP=np.zeros((2, 2, 3, 5)),
+        duration_N=np.array([12.0, 12.0]),
+        computed_NLG=np.zeros((2, 1, 2), np.int64),
+        tokens_N=[1, 1],
+        moved_N=[0, 0],
+        hidden_N=[0, 0],
+    )
+    spans = measured.spans()
+    first = [(s.name, s.start_s, s.duration_s) for s in spans if s.track == "GPU 0" and s.start_s < 12]
+    assert first == [
+        ("attention", 0, 1),
+        ("exchange ids", 1, 1),
+        ("decide", 2, 1),
+        ("split", 3, 1),
+        ("dispatch", 4, 2),
+        ("experts", 6, 3),
+        ("combine", 9, 1),
+        ("attention", 10, 2),
+    ]
+    assert [s.start_s for s in spans if s.track == "GPU 1" and s.name == "experts"] == [3, 18]
+
+
 def test_the_median_repeat_is_reported_with_its_spread():
     def one(seconds):
         step = StepRecord(duration_s=seconds, tokens=1, phase_s={}, load_LG=[[1]], busy_s=[seconds])
-        return [step], {"transfers": int(seconds)}, ""
+        return Pass([step], {"transfers": int(seconds)}, spans=[Span("experts", "GPU 0", 0.0, seconds)])
 
     result = summarise("eplb", [one(3.0), one(1.0), one(2.0)], {})
-    assert result.total_s == 2 and result.scores["transfers"] == 2
+    assert result.total_s == 2 and result.scores["transfers"] == 2 and result.spans[0].duration_s == 2
     assert (result.scores["total_s_min"], result.scores["total_s_max"]) == (1, 3)
     assert result.config["repeat_total_s"] == [3.0, 1.0, 2.0]
 

@@ -10,7 +10,9 @@ from moesim.sim.engine import simulate
 from moesim.sim.execution import Execution
 from moesim.sim.profile import Link
 from moesim.sim.residency import Transfer
-from moesim.sim.timeline import timeline
+from moesim.sim.results import Result, StepRecord, load_results, save_results
+from moesim.sim.timeline import Span, span_timeline, spans_of, timeline
+from moesim.traces import InputError
 
 COPY = Transfer(layer=1, expert=0, source=0, target=1, slot=3)
 
@@ -77,3 +79,37 @@ def test_contention_lengthens_what_meets():
         )
 
     assert ended("none") < ended("pause")
+
+
+def test_spans_of_a_log_are_the_slices_of_its_timeline():
+    _, events, made = run({(0, 0): [COPY]})
+    slices = [e for e in made if e["ph"] == "X"]
+    spans = spans_of(events)
+    assert [s.name for s in spans] == [e["name"] for e in slices]
+    assert [s.start_s * 1e6 for s in spans] == pytest.approx([e["ts"] for e in slices])
+    assert {s.track for s in spans} == {"GPU 0", "GPU 1", "out of GPU 0", "into GPU 1"}
+
+
+def test_simulated_and_measured_spans_are_two_processes_in_one_file():
+    spans = [Span("experts", "GPU 10", 0.0, 1.0), Span("experts", "GPU 9", 0.5, 2.0), Span("decide", "GPU 9", 0.0, 0.0)]
+    made = span_timeline({"eplb: simulated": spans[:2], "eplb: measured": spans})["traceEvents"]
+    named = [(e["pid"], e["args"]["name"]) for e in made if e["name"] == "process_name"]
+    assert named == [(1, "eplb: simulated"), (2, "eplb: measured")]
+    rows = [e["args"]["name"] for e in made if e["name"] == "thread_name" and e["pid"] == 1]
+    assert rows == ["GPU 9", "GPU 10"]
+    slices = [(e["pid"], e["ts"], e["dur"]) for e in made if e["ph"] == "X"]
+    assert slices == [(pid, *at) for pid in (1, 2) for at in ((0.0, 1e6), (0.5e6, 2e6))]
+    with pytest.raises(InputError, match="no spans to draw"):
+        span_timeline({"eplb: simulated": [], "eplb: measured": []})
+
+
+def test_spans_survive_the_result_file(tmp_path):
+    step = StepRecord(duration_s=1.0, tokens=1, phase_s={}, load_LG=[[1]], busy_s=[1.0])
+    spans = [Span("experts", "GPU 0", 0.125, 1e-7), Span("experts", "GPU 1", 0.25, 0.5)]
+    save_results([Result(kind="measured", policy="eplb", config={}, steps=[step], spans=spans)], tmp_path / "r.json")
+    (back,) = load_results(tmp_path / "r.json")
+    assert back.spans == spans
+    damaged = (tmp_path / "r.json").read_text().replace('"tracks"', '"track"')
+    (tmp_path / "r.json").write_text(damaged)
+    with pytest.raises(InputError, match="damaged result"):
+        load_results(tmp_path / "r.json")
