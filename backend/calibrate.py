@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from moesim.backend.clock import clock_of
 from moesim.backend.fit import Compute, Floats, fit_gpu, fit_link, relative_error, without_noise
+from moesim.backend.hub import model_name
 from moesim.backend.job import Job
 from moesim.backend.measure import ATTENTION, DECIDE, GATHER
 from moesim.backend.parallel import Executor
@@ -267,7 +268,7 @@ def _profile(
     error: dict[str, float],
 ) -> HardwareProfile:
     device = describe_device(ranks)
-    shape = Path(job.model).name or "a random Switch model"
+    shape = model_name(job.model) or "a random Switch model"
     off = ", ".join(f"{what} {share:.0%}" for what, share in error.items())
     return HardwareProfile(
         name=f"measured-{device['device']}-{ranks.size}",

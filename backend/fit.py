@@ -61,13 +61,13 @@ def fit_gpu(found: Compute, spec: ModelSpec, stack: StackSpec, dtype: str) -> Gp
     start = np.array([2e-5, 2e-5, found.flops_per_s, found.bytes_per_s])
     no_attention = np.array([1e-4, found.flops_per_s])
     # An expert's fixed overhead and the reading of its weights grow alike, so only the plain rate tells them apart.
-    expert = _closest(
+    expert = closest(
         lambda p: expert_seconds(found.tokens_EN, device(p, no_attention), spec, dtype),
         found.experts_s,
         start,
         np.array([1e4, 1e4, 1e2, 3.0]),
     )
-    attention = _closest(
+    attention = closest(
         lambda p: attention_seconds(found.ranks, stack, device(expert, p), spec, dtype).sum(axis=0),
         found.attention_s,
         no_attention,
@@ -116,7 +116,7 @@ def without_noise(gpu: Gpu) -> Gpu:
     return replace(gpu, launch_s=clean(gpu.launch_s), expert_s=clean(gpu.expert_s), attention=attention)
 
 
-def _closest(model: Callable[[Floats], Floats], seconds_N: Floats, start: Floats, span: Floats) -> Floats:
+def closest(model: Callable[[Floats], Floats], seconds_N: Floats, start: Floats, span: Floats) -> Floats:
     """Parameters for which `model` comes closest to the measured seconds, on a logarithmic scale; each within a factor
     of `span` of its start."""
 

@@ -41,6 +41,14 @@ class Job:
     warmup: int = 1
     decisions: bool = False
     """Keep the decision log of the reported repeat."""
+    timeline: bool = False
+    """Keep what happened when in the reported repeat."""
+    partitions: int = 0
+    """Partitions of one device, in one process; 0: ranks."""
+    random: str = ""
+    """Name of a published model that gets random weights, in place of `model`; with partitions only."""
+    routing: str = "model"
+    """'model' or, with partitions, 'replay': what was recorded is forced on the layers."""
 
     def write(self) -> None:
         """Leave the note in the job's folder."""
@@ -78,6 +86,15 @@ def check_options(job: Job) -> None:
     """Raise InputError for whatever can be seen to be wrong before a model is loaded."""
     if job.ranks < 1:
         raise InputError(f"--ranks must be at least 1, got {job.ranks}")
+    check_partitions(job)
+    if job.repeats < 1 or job.warmup < 0:
+        raise InputError("--repeats must be at least 1 and --warmup at least 0")
+    for policy in job.policies:
+        if recipe(policy).simulated_only:
+            raise InputError(
+                f"policy {policy!r} runs in the simulator only: a bound that no machine can reach, or a mechanism that "
+                "the real executor does not have yet"
+            )
     if not job.model:
         return
     config = model_config(Path(job.model))
@@ -89,16 +106,30 @@ def check_options(job: Job) -> None:
     if not int(config.get(f"num_sparse_{stack}_layers", 0)):
         raise InputError(f"{job.model}: the model has no MoE layers in its {stack}")
     experts = int(config.get("num_experts", 0))
+    if job.partitions > experts:
+        raise InputError(f"--partitions {job.partitions} is more than the {experts} experts of the model")
     if job.ranks > experts:
         raise InputError(f"--ranks {job.ranks} is more than the {experts} experts of the model: at most one rank each")
-    if job.repeats < 1 or job.warmup < 0:
-        raise InputError("--repeats must be at least 1 and --warmup at least 0")
-    for policy in job.policies:
-        if recipe(policy).simulated_only:
-            raise InputError(
-                f"policy {policy!r} runs in the simulator only: a bound that no machine can reach, or a mechanism that "
-                "the real executor does not have yet"
-            )
+
+
+def check_partitions(job: Job) -> None:
+    """Raise InputError where partitions, random weights and replay do not go together."""
+    if job.partitions < 0:
+        raise InputError(f"--partitions must be at least 1, got {job.partitions}")
+    if job.random and job.model:
+        raise InputError(f"give a MODEL or --random {job.random}, not both")
+    if not job.partitions:
+        for option, asked in (("--random", bool(job.random)), ("--routing replay", job.routing != "model")):
+            if asked:
+                raise InputError(f"{option} runs on partitions of one device: add --partitions 4, say")
+    if job.kind != "run":
+        return
+    if not job.random and not job.model:
+        raise InputError("nothing to run: give the folder of a MODEL, or --random switch-base-128 with --partitions")
+    if job.random and job.routing != "replay":
+        raise InputError("a random router says nothing: --random goes with --routing replay and a --trace")
+    if (job.random or job.routing == "replay") and not job.trace:
+        raise InputError("--routing replay needs the recorded routing: give --trace")
 
 
 def model_config(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from moesim.sim.policies import Policy
 from moesim.sim.residency import EMPTY, Residency
 from moesim.sim.results import StepRecord
 from moesim.sim.scenario import Scenario, StepInput, rank_counts
+from moesim.sim.timeline import Span
 from moesim.traces import InputError, Phase, TokenTable, id_dtype
 
 Keep = Callable[[int, torch.Tensor], None]
@@ -136,6 +137,10 @@ class Executor:
     def scores(self) -> dict[str, float | int | None]:
         """The driver's scores of the last run."""
         return self._driver.scores.summary()
+
+    def spans(self) -> list[Span]:
+        """What every rank did when in the last run."""
+        return self.measured.spans()
 
     def _load(self, policy: Policy) -> None:
         """Fill the slots as the policy's placement says; the weights come from host memory."""

@@ -77,5 +77,6 @@ def mean_weights(fit: TokenTable) -> NDArray[np.float64]:
 
 def logits(router: Any, x_ND: torch.Tensor) -> torch.Tensor:
     """[N, E] of the model's own router, in its own dtype."""
-    told: torch.Tensor = router.classifier(x_ND.to(router.dtype))
-    return told
+    # The router converts its classifier in its first call, which may be still to come.
+    given: torch.Tensor = router.classifier.to(router.dtype)(x_ND.to(router.dtype))
+    return given

@@ -46,18 +46,26 @@ def quantise(rows_NP: torch.Tensor, dtype: str) -> torch.Tensor:
     return torch.cat([scale_NQ1.squeeze(-1).contiguous().view(torch.uint8), bytes_NB], dim=1)
 
 
-def dequantise(packed_NC: torch.Tensor, dtype: str, params: int, out: torch.dtype) -> torch.Tensor:
-    """[N, P] the weights that packed rows stand for, on their device. Raises InputError for an unknown dtype."""
-    bits, groups = bits_of(dtype), -(-params // GROUP)
-    N, head = len(packed_NC), groups * SCALE_BYTES
+def dequantise(packed_NC: torch.Tensor, dtype: str, params: int, out_NP: torch.Tensor) -> None:
+    """Fill `out_NP` [N, P], on the same device and of any float dtype, with the weights that packed rows stand for.
+
+    In two passes over the weights (int8), or four: on a GPU this runs beside the next copy and has to be faster. Raises
+    InputError for an unknown dtype.
+    """
+    bits, N, groups = bits_of(dtype), len(packed_NC), -(-params // GROUP)
+    head = groups * SCALE_BYTES
     # A copy, as a row of odd length or offset could not be seen as float16.
     scale_NQ = packed_NC[:, :head].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
-    shift_X = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed_NC.device)
-    codes_NP = ((packed_NC[:, head:, None] >> shift_X) & (2**bits - 1)).view(N, -1)[:, :params]
-    level_NP = codes_NP.float() - _middle(bits)
-    scale_NP = scale_NQ.repeat_interleave(GROUP, dim=1)[:, :params]
-    weights_NP: torch.Tensor = (level_NP * scale_NP).to(out)
-    return weights_NP
+    codes_NP = packed_NC[:, head:]
+    if bits < 8:
+        shift_X = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed_NC.device)
+        codes_NP = (codes_NP[:, :, None] >> shift_X).bitwise_and_(2**bits - 1).view(N, -1)[:, :params]
+    level_NP = torch.sub(codes_NP, _middle(bits))  # float32
+    if params % GROUP:
+        out_NP.copy_(level_NP * scale_NQ.repeat_interleave(GROUP, dim=1)[:, :params])
+        return
+    for n in range(N):  # a view of each row, as rows of `out_NP` need not lie side by side
+        torch.mul(level_NP[n].view(groups, GROUP), scale_NQ[n, :, None], out=out_NP[n].view(groups, GROUP))
 
 
 def _middle(bits: int) -> float:

@@ -8,24 +8,37 @@ from __future__ import annotations
 
 import platform
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from moesim.backend.hub import model_name
 from moesim.backend.job import Job
 from moesim.backend.parallel import Executor
 from moesim.backend.ranks import Ranks
 from moesim.backend.switch import load_model
-from moesim.sim.driver import DecisionLog
+from moesim.backend.utilisation import watched
+from moesim.sim.driver import DecisionLog, Sink
 from moesim.sim.policies import Policy, make_policy
 from moesim.sim.results import Result, StepRecord, save_results
 from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
+from moesim.sim.timeline import Span
 from moesim.traces import Phase
 
-Pass = tuple[list[StepRecord], dict[str, float | int | None], str]
-"""One pass over all steps: records, the driver's scores, the decision log (empty where it is not wanted)."""
+
+class Pass(NamedTuple):
+    """One pass over all steps."""
+
+    records: list[StepRecord]
+    scores: dict[str, float | int | None]
+    """The driver's."""
+    decisions: str = ""
+    """The decision log; empty where it is not wanted."""
+    spans: Sequence[Span] = ()
+    """What happened when, likewise."""
 
 
 def run_policies(job: Job, ranks: Ranks) -> list[Result]:
@@ -36,18 +49,37 @@ def run_policies(job: Job, ranks: Ranks) -> list[Result]:
     executor = _executor(job, ranks)
     scenario = executor.scenario
     policies = [make_policy(name, scenario.cluster, scenario.fit) for name in job.policies]
-    passes = run_interleaved(executor, policies, job)
-    config = describe(job, scenario, ranks)
+    with watched(ranks.device) as seen:
+        passes = run_interleaved(executor, policies, job, ranks.rank)
+    config = {**describe(job, scenario, ranks), "utilisation": seen.to_dict()}
     results = [summarise(name, passes[name], config) for name in job.policies]
     if ranks.rank == 0:
-        save_results(results, job.result_file)
-        if job.decisions:
-            for name in job.policies:
-                job.decision_file(name).write_text(_median_pass(passes[name])[2], encoding="utf-8")
+        leave_results(job, results, passes)
     return results
 
 
-def run_interleaved(executor: Executor, policies: list[Policy], job: Job) -> dict[str, list[Pass]]:
+def leave_results(job: Job, results: list[Result], passes: dict[str, list[Pass]]) -> None:
+    """Results, and decision logs where they are wanted, go into the job's folder."""
+    save_results(results, job.result_file)
+    if job.decisions:
+        for name in job.policies:
+            job.decision_file(name).write_text(_median_pass(passes[name]).decisions, encoding="utf-8")
+
+
+class Runs(Protocol):
+    """An executor: of one rank, or of the partitions of one device."""
+
+    def run(self, policy: Policy, sink: Sink | None = None) -> list[StepRecord]:
+        """All steps under `policy`."""
+
+    def scores(self) -> dict[str, float | int | None]:
+        """Of the last run."""
+
+    def spans(self) -> list[Span]:
+        """What happened when in the last run."""
+
+
+def run_interleaved(executor: Runs, policies: list[Policy], job: Job, rank: int = 0) -> dict[str, list[Pass]]:
     """The counted passes of every policy, in order, after `job.warmup` passes of each that are not counted."""
     passes: dict[str, list[Pass]] = {policy.name: [] for policy in policies}
     total = (job.warmup + job.repeats) * len(policies)
@@ -55,11 +87,12 @@ def run_interleaved(executor: Executor, policies: list[Policy], job: Job) -> dic
     for repeat in range(-job.warmup, job.repeats):
         for policy in policies:
             counting = f"repeat {repeat + 1} of {job.repeats}" if repeat >= 0 else "warming up"
-            job.say(executor.ranks.rank, done / total, f"{policy.name}: {counting}")
-            log = DecisionLog() if job.decisions and executor.ranks.rank == 0 else None
+            job.say(rank, done / total, f"{policy.name}: {counting}")
+            log = DecisionLog() if job.decisions and rank == 0 else None
             records = executor.run(policy, log)
             if repeat >= 0:
-                passes[policy.name].append((records, executor.scores(), log.text() if log else ""))
+                spans = executor.spans() if job.timeline else []
+                passes[policy.name].append(Pass(records, executor.scores(), log.text() if log else "", spans))
             done += 1
     return passes
 
@@ -67,7 +100,7 @@ def run_interleaved(executor: Executor, policies: list[Policy], job: Job) -> dic
 def summarise(policy: str, passes: list[Pass], config: dict[str, Any]) -> Result:
     """The pass with the median total time, and the spread of all of them."""
     totals = [_total_s(one) for one in passes]
-    records, scores, _ = _median_pass(passes)
+    median = _median_pass(passes)
     spread: dict[str, float | int | None] = {
         "repeats": len(passes),
         "total_s_median": statistics.median(totals),
@@ -78,8 +111,9 @@ def summarise(policy: str, passes: list[Pass], config: dict[str, Any]) -> Result
         kind="measured",
         policy=policy,
         config={**config, "repeat_total_s": totals},
-        steps=records,
-        scores={**scores, **spread},
+        steps=median.records,
+        scores={**median.scores, **spread},
+        spans=list(median.spans),
     )
 
 
@@ -87,7 +121,7 @@ def describe(job: Job, scenario: Scenario, ranks: Ranks) -> dict[str, Any]:
     """Everything that the measured numbers depend on, JSON types."""
     return {
         **scenario.config(),
-        "model": Path(job.model).name,
+        "model": model_name(job.model),
         "trace": Path(job.trace).name,
         "ranks": ranks.size,
         "dtype": job.dtype,
@@ -100,19 +134,24 @@ def describe(job: Job, scenario: Scenario, ranks: Ranks) -> dict[str, Any]:
 
 def describe_device(ranks: Ranks) -> dict[str, Any]:
     """Device, its name, communication backend, threads and library versions."""
-    import transformers
-
     return {
         "device": ranks.device.type,
         "device_name": device_name(ranks.device),
         "backend": "nccl" if ranks.on_gpu else "gloo",
         "threads_per_rank": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the numbers depend on."""
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
     }
 
 
@@ -149,7 +188,7 @@ def _executor(job: Job, ranks: Ranks) -> Executor:
 
 
 def _total_s(one: Pass) -> float:
-    return sum(record.duration_s for record in one[0])
+    return sum(record.duration_s for record in one.records)
 
 
 def _median_pass(passes: list[Pass]) -> Pass:

@@ -1,24 +1,28 @@
 """Experts in host memory, and their way into slots on the device: demand before prefetch, neighbours in one copy.
 
 A mover carries what the driver has begun and tells what has arrived; it never decides. `Inline` carries at once, in
-order, so that a run repeats to the bit; `Threaded` carries beside the computation, on a GPU in a stream of its own.
-Knows nothing about policies. Shape letters: L MoE layers, E experts, P weights of one expert, C bytes of a packed one.
+order, so that a run repeats to the bit; `Threaded` carries beside the computation on a CPU, `streams.Streamed` on a
+GPU. Knows nothing about policies. Shape letters: L MoE layers, E experts, P weights of one expert, C bytes of a
+packed one.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from moesim.backend.experts import ExpertShape, ExpertSlots
+from moesim.backend.grouped import Activation
 from moesim.backend.quantize import dequantise, packed_bytes, quantise
 from moesim.sim.residency import PRECISIONS, Transfer
-from moesim.traces import PolicyError
+from moesim.traces import MoesimError, PolicyError
 
 FULL = PRECISIONS[0]
 PREFETCHES = 4
@@ -26,29 +30,64 @@ PREFETCHES = 4
 
 
 class HostExperts:
-    """All experts of a stack in host memory, pinned where a GPU reads them; packed forms are made when first wanted."""
+    """All experts of a stack in host memory, pinned where a GPU reads them; packed forms are made when first wanted.
+
+    `weights_LE` gives its rows away one by one, wherever they lie, so that there is one copy of the model and never
+    more than a layer of a second; from then on its entries are views of this memory. Raises MoesimError where the
+    memory cannot be pinned.
+    """
 
     def __init__(self, weights_LE: list[list[torch.Tensor]], shape: ExpertShape, *, pinned: bool) -> None:
         self.shape = shape
         self._pinned = pinned
-        self._rows: dict[str, torch.Tensor] = {}
-        self._keep(FULL, torch.stack([torch.stack(row_E) for row_E in weights_LE]))
-        for layer, row_E in enumerate(weights_LE):  # the same memory, not a second copy of the model
-            row_E[:] = list(self._rows[FULL][layer])
+        self._rows: dict[str, list[torch.Tensor]] = {FULL: []}
+        for row_E in weights_LE:
+            layer_EP = torch.empty((len(row_E), shape.params), dtype=shape.dtype)
+            self._pin(layer_EP)
+            for expert in range(len(row_E)):
+                layer_EP[expert].copy_(row_E[expert])
+                row_E[expert] = layer_EP[expert]
+            self._rows[FULL].append(layer_EP)
 
-    def rows(self, precision: str) -> torch.Tensor:
-        """[L, E, P] weights or, packed, [L, E, C] bytes."""
+    def rows(self, precision: str) -> list[torch.Tensor]:
+        """[L] of [E, P] weights or, packed, of [E, C] bytes."""
         if precision not in self._rows:
-            full_LEP = self._rows[FULL]
-            self._keep(precision, torch.stack([quantise(row_EP, precision) for row_EP in full_LEP]))
+            self._rows[precision] = [self._packed(layer_EP, precision) for layer_EP in self._rows[FULL]]
         return self._rows[precision]
+
+    def compute(self, layer: int, expert: int, x_XD: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """[X, D] an expert's output, computed by the host from its own memory."""
+        row_P, half = self._rows[FULL][layer][expert], self.shape.params // 2
+        wi_FD = row_P[:half].view(self.shape.d_ff, self.shape.d_model)
+        wo_DF = row_P[half:].view(self.shape.d_model, self.shape.d_ff)
+        return functional.linear(activation(functional.linear(x_XD, wi_FD)), wo_DF)
 
     def bytes(self, precision: str) -> int:
         """Bytes that one copy moves."""
         return self.shape.bytes if precision == FULL else packed_bytes(self.shape.params, precision)
 
-    def _keep(self, precision: str, rows: torch.Tensor) -> None:
-        self._rows[precision] = rows.pin_memory() if self._pinned else rows
+    def _packed(self, layer_EP: torch.Tensor, precision: str) -> torch.Tensor:
+        """A layer in fewer bits, packed on the GPU where there is one: a host takes minutes for a large model."""
+        packed_EC = torch.empty((len(layer_EP), packed_bytes(self.shape.params, precision)), dtype=torch.uint8)
+        self._pin(packed_EC)
+        device = "cuda" if self._pinned else "cpu"
+        for expert, row_P in enumerate(layer_EP):
+            packed_EC[expert].copy_(quantise(row_P[None].to(device), precision)[0])
+        return packed_EC
+
+    def _pin(self, memory: torch.Tensor) -> None:
+        """In place: torch's own pinned memory is rounded up to a power of two and never given back."""
+        if not self._pinned or memory.numel() == 0:
+            return
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call] # as in clock.py
+        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if code:
+            raise MoesimError(
+                f"{memory.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {code}): free memory, "
+                "raise the limit of locked memory (ulimit -l), or offload fewer experts"
+            )
+        # Before this object's memory can go; a process that ends gives everything back by itself.
+        weakref.finalize(self, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -61,6 +100,13 @@ class Copy:
     late: bool = False
     """Its layer has computed without it, or had to wait for it."""
     done: threading.Event = field(default_factory=threading.Event)
+    """Set by movers that carry on the host's time."""
+    ready: Any = None
+    """Event in the device's time from which the slot may be written."""
+    event: Any = None
+    """Event in the device's time at which it has come; None until it is issued."""
+    awaited: bool = False
+    """What computes on the device comes after it, whatever the host sees yet."""
 
 
 class Mover(Protocol):
@@ -75,14 +121,17 @@ class Mover(Protocol):
     def start(self, copies: list[Copy]) -> None:
         """Take copies whose slots have been claimed for them."""
 
+    def pump(self) -> None:
+        """Begin what there is room for now; whoever waits for something else calls it meanwhile."""
+
     def arrived(self) -> list[Copy]:
         """What has come since the last call, in order of issue. Raises what went wrong on the way."""
 
     def wait(self, copies: Iterable[Copy]) -> None:
-        """Return when these have come; they go before everything else."""
+        """What computes next has these; they go before everything else."""
 
     def drain(self) -> None:
-        """Carry what is left, and end."""
+        """End: what has not begun is dropped, and nothing is under way on return."""
 
 
 class Inline:
@@ -101,6 +150,9 @@ class Inline:
             carry(run, self._host, self._slots)
         self.pending += copies
 
+    def pump(self) -> None:
+        """Nothing waits."""
+
     def arrived(self) -> list[Copy]:
         """All that was started."""
         told, self.pending = self.pending, []
@@ -115,18 +167,16 @@ class Inline:
 
 
 class Threaded:
-    """Copies are carried by a thread: what somebody waits for first, else up to PREFETCHES prefetches that are due.
+    """Copies are carried by a thread, on a CPU: what somebody waits for first, else up to PREFETCHES prefetches that
+    are due.
 
-    One piece at a time, so that a slot that changes hands twice ends up with what it was given last.
+    One piece at a time, so that a slot that changes hands twice ends up with what it was given last. On a GPU a thread
+    would hold the interpreter's lock against the one that computes: there it is streams.py.
     """
 
     def __init__(self, host: HostExperts, slots: ExpertSlots) -> None:
         self._host, self._slots = host, slots
         self.pending: list[Copy] = []
-        self._device = slots.rows_SP.device
-        on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call] # as in clock.py
-        self._ready: torch.cuda.Event | None = None
         self._demand: list[Copy] = []
         self._prefetch: list[Copy] = []
         self._running: list[Copy] = []
@@ -147,13 +197,14 @@ class Threaded:
 
     def start(self, copies: list[Copy]) -> None:
         """Queue them."""
-        if self._stream is not None:  # after what may still read the slots, or fill them with NaN
-            self._ready = torch.cuda.current_stream(self._device).record_event()
         with self._wake:
             self.pending += copies
             self._demand += [copy for copy in copies if copy.transfer.blocking]
             self._prefetch += [copy for copy in copies if not copy.transfer.blocking]
             self._wake.notify_all()
+
+    def pump(self) -> None:
+        """The thread does it."""
 
     def arrived(self) -> list[Copy]:
         """What has come, see `Mover`."""
@@ -175,9 +226,10 @@ class Threaded:
             raise self._error
 
     def drain(self) -> None:
-        """Carry what is queued, then end the thread."""
+        """Drop what is queued, and end the thread."""
         with self._wake:
             self._ended = True
+            self._demand, self._prefetch = [], []
             self._wake.notify_all()
         self._thread.join()
         self.pending = []
@@ -189,9 +241,8 @@ class Threaded:
                 if not (self._demand or self._prefetch):
                     return
                 self._running = self._next()
-                ready = self._ready
             try:
-                self._carry(self._running, ready)
+                self._carry(self._running)
             except BaseException as error:  # told to the thread that computes, whatever it is
                 self._error = error
             with self._wake:
@@ -210,18 +261,9 @@ class Threaded:
         batch, self._prefetch = self._prefetch[:PREFETCHES], self._prefetch[PREFETCHES:]
         return batch
 
-    def _carry(self, batch: list[Copy], ready: torch.cuda.Event | None) -> None:
-        if self._stream is None:
-            for run in neighbours(batch):
-                carry(run, self._host, self._slots)
-            return
-        assert ready is not None, "start notes it before it queues"
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            for run in neighbours(batch):
-                carry(run, self._host, self._slots)
-            event = self._stream.record_event()
-        event.synchronize()
+    def _carry(self, batch: list[Copy]) -> None:
+        for run in neighbours(batch):
+            carry(run, self._host, self._slots)
 
 
 def neighbours(copies: list[Copy]) -> list[list[Copy]]:
@@ -241,13 +283,13 @@ def neighbours(copies: list[Copy]) -> list[list[Copy]]:
 def carry(run: list[Copy], host: HostExperts, slots: ExpertSlots) -> None:
     """One run of neighbours into its slots: as bytes over the link, unpacked on the device where they are packed."""
     first, count = run[0].transfer, len(run)
-    rows = host.rows(run[0].precision)[first.layer, first.expert : first.expert + count]
+    rows = host.rows(run[0].precision)[first.layer][first.expert : first.expert + count]
     target_NP = slots.rows_SP[first.slot : first.slot + count]
     if run[0].precision == FULL:
         target_NP.copy_(rows, non_blocking=True)
         return
     packed_NC = rows.to(target_NP.device, non_blocking=True)
-    target_NP.copy_(dequantise(packed_NC, run[0].precision, slots.shape.params, target_NP.dtype))
+    dequantise(packed_NC, run[0].precision, slots.shape.params, target_NP)
 
 
 def as_copies(moves: list[Transfer], copy_dtype: str | None) -> list[Copy]:

@@ -100,7 +100,7 @@ def load_model(folder: Path, dtype: str) -> Any:
     logging.set_verbosity_error()
     try:
         model = SwitchTransformersForConditionalGeneration.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), local_files_only=True
+            str(folder), dtype=getattr(torch, dtype), local_files_only=True, weights_only=True
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: the model cannot be loaded ({error})") from None

@@ -80,3 +80,37 @@ def random_model(dtype: str, seed: int = 0) -> Any:
         decoder_start_token_id=0,
     )
     return SwitchTransformersForConditionalGeneration(config).to(getattr(torch, dtype)).eval()
+
+
+WORDS = 4096
+"""Vocabulary of `skewed_table`."""
+
+
+def skewed_table(
+    experts: int, layers: int, tokens: int, rng: Random, *, spread: float, known: float = 0.8, request_tokens: int = 128
+) -> TokenTable:
+    """Top-1 routing of an encoder with the skew of trained Switch models, to be replayed onto random weights.
+
+    `spread`: standard deviation of the logarithm of the experts' popularity, another for every layer; at 128 experts
+    0.9 gives a max / mean of about 9, 1.4 of about 21. Every word has a favourite expert in each layer, drawn by
+    popularity, to which it goes with probability `known`; else its expert is drawn anew. So what a word or the layer
+    before says of the next choice is worth something and never certain.
+    """
+    popularity_LE = np.exp(spread * rng.standard_normal((layers, experts)))
+    popularity_LE /= popularity_LE.sum(axis=1, keepdims=True)
+    favourite_LW = np.stack([rng.choice(experts, WORDS, p=p_E) for p_E in popularity_LE])
+    frequency_W = 1 / (np.arange(WORDS) + 20.0)
+    count = -(-tokens // request_tokens) * request_tokens
+    word_T = rng.choice(WORDS, count, p=frequency_W / frequency_W.sum())
+    anew_TL = np.stack([rng.choice(experts, count, p=p_E) for p_E in popularity_LE], axis=1)
+    ids_TL = np.where(rng.random((count, layers)) < known, favourite_LW[:, word_T].T, anew_TL)
+    return TokenTable(
+        topk_ids=ids_TL[:, :, None].astype(id_dtype(experts)),
+        topk_weights=np.ones((count, layers, 1), np.float16),
+        dropped=np.zeros((count, layers), np.bool_),
+        token_id=word_T.astype(np.int32),
+        request=(np.arange(count) // request_tokens).astype(np.int32),
+        position=(np.arange(count) % request_tokens).astype(np.int32),
+        step=np.zeros(count, np.int32),
+        phase=np.full(count, Phase.ENCODER, np.uint8),
+    )

@@ -5,12 +5,12 @@ Shape letters: L MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import numpy as np
+import torch
 
 from moesim.sim.dispatch import Ints
 from moesim.sim.residency import PRECISIONS
@@ -52,50 +52,95 @@ class Pairs:
 
 
 class Tally:
-    """Time and counts of one run; `synchronize` returns when the device has done what it was given."""
+    """Time and counts of one run, from marks: each ends a phase that began with the one before.
 
-    def __init__(self, layers: int, synchronize: Callable[[], None]) -> None:
+    On a GPU marks are events in the computation's stream, read when the records are asked for: nothing waits for them.
+    `continuous`: steps follow each other at once, so that what lies between two of them counts to the later one.
+    """
+
+    def __init__(self, layers: int, device: torch.device, *, continuous: bool = False) -> None:
         self.pairs = Pairs(layers)
-        self.records: list[StepRecord] = []
-        self._synchronize = synchronize
+        self.events: list[Step] = []
+        self._on_gpu, self._continuous = device.type == "cuda", continuous
+        self._records: list[StepRecord] = []
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """Of all steps that have ended; on a GPU it waits for them."""
+        while len(self._records) < len(self.events):
+            step = self.events[len(self._records)]
+            self._records.append(step.record(seconds_between(step.begin, step.marks)))
+        return self._records
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins."""
-        self.moved = self.hidden = 0
-        self.computed: list[int] = []
-        self._tokens, self._before = tokens, self.pairs.totals()
-        self._spent = dict.fromkeys(PHASES, 0.0)
-        self._began = perf_counter()
+        before = self.events[-1].marks if self.events else []
+        begin = before[-1][1] if self._continuous and before else self._now()
+        self.step = Step(begin=begin, tokens=tokens)
+        self._before = self.pairs.totals()
+
+    def mark(self, phase: str) -> None:
+        """What ran since the last mark was this phase."""
+        self.step.marks.append((phase, self._now()))
 
     def end(self) -> None:
-        """It ends: what no other phase took was attention and dense layers."""
-        self._synchronize()
-        duration_s = perf_counter() - self._began
-        self._spent["attention"] = max(duration_s - sum(self._spent.values()), 0.0)
-        new = {name: count - self._before[name] for name, count in self.pairs.totals().items()}
-        precision = {name: new[name] for name in PRECISIONS[1:] if new[name]}
-        self.records.append(
-            StepRecord(
-                duration_s=duration_s,
-                tokens=self._tokens,
-                phase_s=self._spent,
-                load_LG=[[count] for count in self.computed],
-                busy_s=[self._spent["attention"] + self._spent["experts"]],
-                moved_bytes=self.moved,
-                hidden_bytes=self.hidden,
-                host_tokens=new["host"],
-                skipped_tokens=new["skipped"],
-                substituted_tokens=new["substituted"],
-                rounded_tokens=sum(precision.values()),
-                precision_pairs=precision,
-            )
+        """The step ends here, with the dense layers after the last experts."""
+        self.mark("attention")
+        self.step.counts = {name: count - self._before[name] for name, count in self.pairs.totals().items()}
+        self.events.append(self.step)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch gives it no types
+        event.record()
+        return event
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """A step as it goes on."""
+
+    begin: Any
+    tokens: int
+    marks: list[tuple[str, Any]] = field(default_factory=list)
+    """(phase, the moment when it ended)."""
+    moved: int = 0
+    hidden: int = 0
+    decide_s: float = 0.0
+    """Host seconds of all decisions, whatever the device did meanwhile."""
+    needed: Ints = field(default_factory=lambda: np.zeros(3, np.int64))
+    """Experts that had tokens: there, on their way, neither."""
+    computed: list[int] = field(default_factory=list)
+    """Pairs that the device computed, layer by layer."""
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def record(self, passed_s: list[float]) -> StepRecord:
+        """The step, given the seconds of every mark since its begin."""
+        spent = dict.fromkeys(PHASES, 0.0)
+        for (phase, _), begin_s, end_s in zip(self.marks, [0.0, *passed_s], passed_s, strict=False):
+            spent[phase] += end_s - begin_s
+        precision = {name: self.counts[name] for name in PRECISIONS[1:] if self.counts[name]}
+        return StepRecord(
+            duration_s=passed_s[-1],
+            tokens=self.tokens,
+            phase_s=spent,
+            load_LG=[[count] for count in self.computed],
+            busy_s=[spent["attention"] + spent["experts"]],
+            moved_bytes=self.moved,
+            hidden_bytes=self.hidden,
+            host_tokens=self.counts["host"],
+            skipped_tokens=self.counts["skipped"],
+            substituted_tokens=self.counts["substituted"],
+            rounded_tokens=sum(precision.values()),
+            precision_pairs=precision,
         )
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside to a phase; work of the experts is waited for, so that it counts to them."""
-        begin = perf_counter()
-        yield
-        if name == "experts":
-            self._synchronize()
-        self._spent[name] += perf_counter() - begin
+
+def seconds_between(begin: Any, marks: list[tuple[str, Any]]) -> list[float]:
+    """Seconds from `begin` to every mark, all of them of one kind: host times, or events of a GPU, which are waited
+    for."""
+    if isinstance(begin, float):
+        return [moment - begin for _, moment in marks]
+    marks[-1][1].synchronize()
+    return [begin.elapsed_time(moment) / 1e3 for _, moment in marks]

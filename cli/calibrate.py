@@ -10,16 +10,21 @@ import click
 
 from moesim.backend.job import DTYPES, Job, check_options
 from moesim.backend.launch import check_device, launch
+from moesim.backend.offload_options import PHASES, Offloading
+from moesim.cli import run_offload
+from moesim.cli.options import MODEL
 from moesim.cli.run_gpu import progress_bar
+from moesim.cli.run_partitions import Partitions, calibrate_partitions, calibration_options
 from moesim.sim.profile import HardwareProfile, load_profile
 from moesim.traces import InputError, Workload
 
 
 @click.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--ranks", type=int, default=2, show_default=True, help="Processes, one a GPU or core, all at work at once."
-)
+@click.argument("model", required=False, type=MODEL)
+@click.option("--ranks", type=int, help="Processes, one a GPU or core, all at work at once.  [default: 2]")
+@calibration_options
+@run_offload.offload_options
+@click.option("--phase", type=click.Choice(PHASES), default=PHASES[0], show_default=True, help="With --resident.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Profile to write, JSON.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
@@ -32,7 +37,16 @@ from moesim.traces import InputError, Workload
 )
 @click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
 def calibrate(
-    model: Path | None, ranks: int, device: str, out: Path, dtype: str, batch_tokens: int, extra_slots: int
+    model: Path | None,
+    ranks: int | None,
+    parts: Partitions,
+    offloading: Offloading | None,
+    phase: str,
+    device: str,
+    out: Path,
+    dtype: str,
+    batch_tokens: int,
+    extra_slots: int,
 ) -> None:
     """Measure experts, attention, links and decisions on this machine, with the shapes of MODEL, and write a profile.
 
@@ -41,20 +55,35 @@ def calibrate(
     \b
     moesim calibrate models/switch-mini --ranks 2 --out here.json
     moesim simulate mini.moetrace --policy all --profile here.json --gpus 2
+    moesim calibrate models/switch-mini --resident 25% --phase encoder --batch-tokens 1024 --out offload.json
     """
+    size = parts.as_ranks(ranks) or (1 if offloading else 2 if ranks is None else ranks)
     with tempfile.TemporaryDirectory(prefix="moesim-calibrate-") as folder, progress_bar() as report:
         job = Job(
             kind="calibrate",
             folder=folder,
             model=str(model or ""),
-            ranks=ranks,
+            ranks=size,
             device="cpu",
             dtype=dtype,
             workload=Workload(batch=batch_tokens),
             extra_slots=extra_slots,
+            partitions=parts.count,
+            random=parts.random,
+            phase=phase,
+            policies=run_offload.CALIBRATED if offloading else (),
         )
-        check_options(job)
-        launch(replace(job, device=check_device(device, ranks)), report)
+        if offloading:
+            run_offload.check(job, ranks)
+        else:
+            check_options(replace(job, phase="encoder"))
+        job = replace(job, device=check_device(device, size))
+        if offloading:
+            run_offload.calibrate(job, offloading, report).save(job.result_file)
+        elif job.partitions:
+            calibrate_partitions(job, report)
+        else:
+            launch(job, report)
         profile = replace(load_profile(job.result_file), name=out.stem)
     try:
         profile.save(out)

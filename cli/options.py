@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from moesim.backend.hub import model_folder
 from moesim.sim.arrivals import FORMS, parse_arrivals
 from moesim.sim.execution import COPY_BYTES, Contention, Execution, Send
 from moesim.sim.faults import parse_fault
@@ -16,12 +18,24 @@ from moesim.traces import InputError, Workload
 from moesim.traces.spec import DTYPE_BYTES
 from moesim.traces.workload import SPLITS
 
+
+class ModelArgument(click.Path):
+    """A model's folder, or its id on the hub, which is fetched; the command gets a folder."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The folder. Raises InputError where there is none."""
+        return super().convert(model_folder(str(value)), param, ctx)
+
+
+MODEL = ModelArgument(path_type=Path)
 DEFAULT_TOKENS = 2048
 Command = Callable[..., Any]
 Make = Callable[..., Any]
 
 
-def _group(name: str, options: list[Callable[[Command], Command]], make: Make) -> Callable[[Command], Command]:
+def option_group(name: str, options: list[Callable[[Command], Command]], make: Make) -> Callable[[Command], Command]:
     """A decorator that adds `options` to a command, which gets what `make` makes of their values as `name`."""
     from inspect import signature
 
@@ -60,7 +74,7 @@ def _workload(
     return Workload(batch=tokens, shuffle=shuffle, split=split, chunked=chunked)
 
 
-workload_options = _group(
+workload_options = option_group(
     "workload",
     [
         click.option(
@@ -104,7 +118,7 @@ def _execution(
     )
 
 
-execution_options = _group(
+execution_options = option_group(
     "execution",
     [
         click.option(
@@ -173,7 +187,7 @@ def _serving(
     )
 
 
-serving_options = _group(
+serving_options = option_group(
     "serving",
     [
         click.option(

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moesim.backend.job import DTYPES, model_config
+from moesim.cli.options import MODEL
 from moesim.sim.execution import COPY_BYTES
 from moesim.sim.policies import POLICIES, check_slots, recipe
 from moesim.sim.quality import FORMAT, Quality, save_qualities
@@ -27,7 +28,7 @@ LOSSY = [name for name, parts in POLICIES.items() if parts.lossy]
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--policy", required=True, help=f"Comma-separated, or lossy: {', '.join(LOSSY)}.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Requests to fit on and to run, of the same model.")
 @click.option(
@@ -80,7 +81,7 @@ def quality(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Measure loss, agreement and output error of policies on the Switch model in folder MODEL, against the same model
+    """Measure loss, agreement and output error of policies on the Switch model MODEL (folder or hub id), against the same model
     without them.
 
     Policies are fitted on one half of the requests and run on the other, with real weights, copies and slots, on one

@@ -12,17 +12,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import Progress
 
 from moesim.backend.job import DTYPES, Job, check_options, model_config
 from moesim.backend.launch import Progress as Report
 from moesim.backend.launch import check_device, launch, under_torchrun
-from moesim.cli.options import workload_options
+from moesim.backend.offload_options import Offloading
+from moesim.cli import run_offload
+from moesim.cli.options import MODEL, workload_options
 from moesim.cli.report import print_results, results_json
+from moesim.cli.run_partitions import Partitions, partition_options, run_partitions
+from moesim.cli.run_partitions import footnote as partition_footnote
 from moesim.sim.policies import POLICIES, recipe
 from moesim.sim.results import Result, load_results, save_results
 from moesim.sim.scenario import STACK_OF_PHASE
+from moesim.sim.timeline import span_timeline
 from moesim.traces import InputError, MoesimError, Phase, Workload
 
 RUNNABLE = [name for name, parts in POLICIES.items() if not parts.simulated_only]
@@ -34,10 +40,12 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("run-gpu")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=MODEL)
 @click.option("--policy", required=True, help=f"Comma-separated, or all: {', '.join(RUNNABLE)}.")
 @click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
 @click.option("--ranks", type=int, help="Processes, one a GPU or core.  [default: 2; under torchrun its own number]")
+@partition_options
+@run_offload.offload_options
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--trace", type=click.Path(path_type=Path), help="Requests to run, recorded from the same model.")
 @click.option(
@@ -49,7 +57,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @workload_options
 @click.option(
     "--phase", type=click.Choice([p.name.lower() for p in Phase]), default="encoder", show_default=True,
-    help="decode is not available yet.",
+    help="decode: with --resident only.",
 )  # fmt: skip
 @click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Run only the first steps.")
@@ -59,11 +67,14 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
 @click.option("--out", type=file_option, help="Write the results here, for moesim compare.")
 @click.option("--decision-log", type=file_option, help="Write the policies' decisions, as JSON lines.")
+@click.option("--timeline", type=file_option, help="Write what happened when for Perfetto or Chrome, JSON.")
 def run_gpu(
-    model: Path,
+    model: Path | None,
     policy: str,
     baseline: str,
     ranks: int | None,
+    parts: Partitions,
+    offloading: Offloading | None,
     device: str,
     trace: Path | None,
     text: tuple[Path, ...],
@@ -77,24 +88,32 @@ def run_gpu(
     as_json: bool,
     out: Path | None,
     decision_log: Path | None,
+    timeline: Path | None,
 ) -> None:
-    """Run policies with the Switch model in folder MODEL, expert-parallel over ranks, and print measured speedups.
+    """Run policies with the Switch model MODEL, a folder or hub id, expert-parallel over ranks, and print speedups.
 
     Policies are fitted on one half of the trace's requests and run on the other. The baseline is always run too, and
     all policies take turns in the same processes, so that the ratios come from one run. Starts its ranks itself, or
     joins those of torchrun. The median repeat is reported; every rank holds the whole model in host memory.
+    With --partitions one process splits one device instead, and partitions stand for GPUs. With --resident experts lie
+    in host memory and one device has slots for some of them; contiguous is then everything on the device.
 
     \b
     moesim run-gpu models/switch-mini --policy predictive-batch --ranks 2
     moesim run-gpu models/switch-mini --trace mini.moetrace --policy all --ranks 4 --device cuda --out measured.json
+    moesim run-gpu models/switch-mini --policy predictive-batch --partitions 2
+    moesim run-gpu models/switch-mini --policy lfu,prefetch-ridge,contiguous --resident 25%
     torchrun --nproc-per-node 2 --no-python moesim run-gpu models/switch-mini --trace mini.moetrace --policy eplb
     """
-    size = _ranks(ranks)
+    size = parts.as_ranks(ranks) or (1 if offloading else _ranks(ranks))
+    chosen = click.get_current_context().get_parameter_source("baseline")
+    if offloading and chosen is ParameterSource.DEFAULT:
+        baseline = run_offload.BASELINE
     with tempfile.TemporaryDirectory(prefix="moesim-run-") as folder:
         job = Job(
             kind="run",
             folder=folder,
-            model=str(model),
+            model=str(model or ""),
             ranks=size,
             device="cpu",
             dtype=dtype,
@@ -107,12 +126,20 @@ def run_gpu(
             repeats=repeats,
             warmup=warmup,
             decisions=decision_log is not None,
+            timeline=timeline is not None,
+            partitions=parts.count,
+            random=parts.random,
+            routing=parts.routing,
         )
-        check_options(job)
-        results = _run(job, check_device(device, size), text)
+        if offloading:
+            run_offload.check(job, ranks)
+        else:
+            check_options(job)
+        results = _run(replace(job, device=check_device(device, size)), text, offloading)
         if results is None:
             return
         _keep(job, results, out, decision_log)
+        write_timeline(results, timeline)
     if as_json:
         click.echo(json.dumps(results_json(results, baseline), indent=1))
     else:
@@ -120,18 +147,22 @@ def run_gpu(
         click.echo(_footnote(results[0]))
 
 
-def _run(job: Job, device: str, text: tuple[Path, ...]) -> list[Result] | None:
+def _run(job: Job, text: tuple[Path, ...], offloading: Offloading | None) -> list[Result] | None:
     """The results, or None in a rank of torchrun that has nothing to print."""
     if under_torchrun():
         if not job.trace:
             raise InputError("under torchrun give --trace: the ranks cannot all record")
-        return _join(replace(job, device=device))
+        return _join(job)
     with tempfile.TemporaryDirectory(prefix="moesim-trace-") as recorded, progress_bar() as report:
         if not job.trace:
             job = replace(job, trace=str(_record(job, text, Path(recorded), report)))
         else:
             _check_trace(job)
-        launch(replace(job, device=device), report)
+        if offloading:
+            return run_offload.run(job, offloading, report)
+        if job.partitions:
+            return run_partitions(job, report)
+        launch(job, report)
     return load_results(job.result_file)
 
 
@@ -139,12 +170,14 @@ def _join(job: Job) -> list[Result] | None:
     """Be one of torchrun's ranks. On an error the process ends at once: a thread that waits for a rank that is gone
     would keep it alive."""
     from moesim.backend import ranks as groups
+    from moesim.backend.failures import in_one_line
     from moesim.backend.session import run_policies
 
     try:
-        ranks = groups.join(job.device)
-        results = run_policies(job, ranks)
-        groups.leave()
+        with in_one_line():
+            ranks = groups.join(job.device)
+            results = run_policies(job, ranks)
+            groups.leave()
     except MoesimError as error:
         click.echo("Error: " + " ".join(str(error).split()), err=True)
         sys.stderr.flush()
@@ -208,7 +241,10 @@ def _check_trace(job: Job) -> None:
     """Raise InputError before any rank starts where there is no trace or it was recorded with another model."""
     from moesim.traces.store import Trace
 
-    spec, config = Trace.open(Path(job.trace)).spec, model_config(Path(job.model))
+    spec = Trace.open(Path(job.trace)).spec
+    if job.routing == "replay":
+        return  # any model with as many experts and layers will do, which is checked when it is there
+    config = model_config(Path(job.model))
     spec.stack(STACK_OF_PHASE[Phase[job.phase.upper()]])
     of_trace = {**asdict(spec.sized()), **spec.to_dict()}
     for name in ("d_model", "d_ff", "num_experts", "vocab_size"):
@@ -234,8 +270,23 @@ def _keep(job: Job, results: list[Result], out: Path | None, decision_log: Path 
         raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from None
 
 
+def write_timeline(results: list[Result], path: Path | None) -> None:
+    """A process for each policy, for Perfetto. Raises InputError where it cannot be written."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(span_timeline({r.policy: r.spans for r in results})), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def _footnote(result: Result) -> str:
     c = result.config
+    if c.get("executor") == "offload":
+        return run_offload.footnote(c)
+    if "partitions" in c:
+        return partition_footnote(c)
     return (
         f"measured: {c['ranks']} {c['device']} ranks on {c['device_name']} ({c['backend']}, threads a rank: "
         f"{c['threads_per_rank']}), true router, median of {c['repeats']} repeats after {c['warmup']} to warm up, "

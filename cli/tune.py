@@ -164,10 +164,6 @@ def tune(
         click.echo(json.dumps({**told, "steps": tuned.steps, "candidates": everyone}, indent=1))
     else:
         _print(tuned, constraints, command)
-        if charged and out:
-            click.echo(
-                f"{profile} charges decisions by the policy's name, {one.policy}: under the name {out} they are free."
-            )
 
 
 def write_winner(candidate: Candidate, found: dict[str, Any], out: Path) -> None:

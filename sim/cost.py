@@ -28,11 +28,31 @@ def expert_seconds(tokens_EG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str, taken
 
     Every expert's tokens are rounded up to whole tiles. At few tokens the weights dominate and a replica costs another
     read of them; at many the FLOPs do and a replica pays. With a measured curve: see `expert_seconds_of`. `taken_G`:
-    bytes/s of HBM that copies use meanwhile; they leave the experts half of it at least.
+    bytes/s of HBM that copies use meanwhile; they leave the experts half of it at least. Where the profile's GPUs are
+    partitions of one device, which slow each other down: `together_seconds`.
     """
     distinct_G = (tokens_EG > 0).sum(axis=0)
     rows_G = (-(-tokens_EG // gpu.tile_rows)).sum(axis=0) * gpu.tile_rows
-    return expert_seconds_of(distinct_G, rows_G, gpu, spec, dtype, tokens=tokens_EG.sum(axis=0), taken=taken_G)
+    alone_G = expert_seconds_of(distinct_G, rows_G, gpu, spec, dtype, tokens=tokens_EG.sum(axis=0), taken=taken_G)
+    return together_seconds(alone_G, gpu.shared_slowdown) if gpu.shared_slowdown else alone_G
+
+
+def together_seconds(alone_G: Seconds, slowdown: float) -> Seconds:
+    """[..., G] when each GPU ends that would take `alone_G` by itself, if all begin at once and share a memory.
+
+    While n of G compute, each takes 1 + slowdown (n - 1) / (G - 1) times as long; those that end early leave the others
+    faster.
+    """
+    G = alone_G.shape[-1]
+    if G == 1:
+        return alone_G
+    order = np.argsort(alone_G, axis=-1, kind="stable")
+    sorted_G = np.take_along_axis(alone_G, order, axis=-1)
+    longer_G = 1 + slowdown * np.arange(G - 1, -1, -1) / (G - 1)
+    ends_G = np.cumsum(np.diff(sorted_G, axis=-1, prepend=0.0) * longer_G, axis=-1)
+    found = np.empty_like(ends_G)
+    np.put_along_axis(found, order, ends_G, axis=-1)
+    return found
 
 
 def expert_seconds_of(

@@ -174,8 +174,12 @@ class Driver:
         usable_EG = self.residency.usable_LEG[layer]
         if self.cache is not None or not self.residency.alive_G.all():
             counts_GE = np.where(usable_EG.any(axis=1), counts_GE, 0)
-        site = Site(counts_GE=counts_GE, node_G=self.cluster.node_G, rates=self.cluster.rates)
-        tokens_EG = self.policy.recipe.split(counts_GE.sum(axis=0), usable_EG, self.residency.slowdown_G, site)
+        alone = self.cluster.gpus == 1 and self.cache is not None  # what is not there is 0 now: nothing to split
+        if alone:
+            tokens_EG = counts_GE.T
+        else:
+            site = Site(counts_GE=counts_GE, node_G=self.cluster.node_G, rates=self.cluster.rates)
+            tokens_EG = self.policy.recipe.split(counts_GE.sum(axis=0), usable_EG, self.residency.slowdown_G, site)
         if self._dispatched.get(lane) != (self._seen[lane].step, layer):  # later waves see the same copies
             self._dispatched[lane] = (self._seen[lane].step, layer)
             self.scores.late += sum(t.layer == layer for t in self._in_flight)
@@ -184,7 +188,7 @@ class Driver:
             split = np.stack([expert, gpu, tokens_EG[expert, gpu]], axis=1).tolist()
             where = self._where(lane)
             self._sink({"decision": "dispatch", **where, "layer": layer, "expert_gpu_tokens": split})
-        return send_matrix(counts_GE, tokens_EG, site.node_G)
+        return counts_GE[:, :, None] if alone else send_matrix(counts_GE, tokens_EG, self.cluster.node_G)
 
     def end_step(self, lane: int = 0) -> None:
         """All layers have run: the step becomes history, and what adapts learns from it."""

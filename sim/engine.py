@@ -30,7 +30,7 @@ from moesim.sim.fabric import Fabric
 from moesim.sim.faults import Fault, check_faults
 from moesim.sim.lane import Lane
 from moesim.sim.limits import check_fits, on_disk
-from moesim.sim.policies import Policy, recipe_digest
+from moesim.sim.policies import Policy, decides_like, recipe_digest
 from moesim.sim.profile import HardwareProfile
 from moesim.sim.rates import rates_of
 from moesim.sim.results import Result
@@ -72,6 +72,7 @@ def simulate(
     told = replace(policy.cluster, node_size=profile.node_size, rates=rates_of(scenario, profile, dtype))
     policy = replace(policy, cluster=told)
     source = source or Closed(scenario, scenario.cluster.gpus // execution.tensor_parallel)
+    decides = decides_like(policy, profile.decide_s)
     config = {
         **scenario.config(),
         **source.config(),
@@ -80,7 +81,8 @@ def simulate(
         "profile": profile.name,
         "profile_kind": profile.provenance.kind,
         "profile_device": profile.provenance.device,
-        "decide_s": profile.decide_s.get(policy.name),
+        "decide_s": None if decides is None else profile.decide_s[decides],
+        **({"decide_s_of": decides} if decides not in (None, policy.name) else {}),
         "measured": measured_ranges(scenario.cluster.gpus, profile, scenario.spec, dtype),
         **execution.describe(),
         **({"faults": [fault.text() for fault in faults]} if faults else {}),
@@ -146,7 +148,8 @@ class Machine:
     ) -> None:
         self.scenario, self.spec, self.cluster = scenario, scenario.spec, scenario.cluster
         self.profile, self.execution, self.dtype = profile, execution, dtype
-        self.decide_s = profile.decide_s.get(policy.name, 0.0)
+        decides = decides_like(policy, profile.decide_s)
+        self.decide_s = 0.0 if decides is None else profile.decide_s[decides]
         self.env = simpy.Environment()
         self.book = book
         self._events = events

@@ -10,8 +10,8 @@ GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from moesim.sim.residency import EMPTY, HOST, PRECISIONS, Residency, Transfer
 Cheaper = Callable[[int], bool]
 """Whether the host computes so many tokens of one expert sooner than its copy arrives; the executor knows."""
 Bools = NDArray[np.bool_]
+FEW = 16
+"""Experts that are looked at one by one rather than as arrays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +71,17 @@ class Cache:
         setting = Setting(cluster=c, popularity_LE=policy.popularity_LE, future=future)
         self.eviction = EVICTIONS[policy.recipe.eviction](setting)
         self._home_E: list[int] = c.home_E.tolist()
+        self._plain = self.miss in ("wait", "cpu") and not self.precision.lossy
+        """Whether everything is computed as the router chose it, in full."""
         self._code_LE = np.zeros((c.layers, c.experts), np.uint8)
         """In which precision each expert was wanted when its layer last routed, at least; place in PRECISIONS."""
         self._best = 0
         """No copy comes in a better precision, place in PRECISIONS."""
         self._ahead: set[Key] = set()
         """Copied ahead of a layer that has not routed since."""
+        self._windows: dict[tuple[int, int], tuple[dict[Key, int], Iterator[int]]] = {}
+        """Of the decision that is being made, by GPU and first slot: what lies where, and the slots that hold
+        nothing."""
         self._busy: dict[int, set[Key]] = {}
         """Lane to what it computes now."""
         there_LE = residency.usable_LEG.any(axis=2)
@@ -110,6 +117,9 @@ class Cache:
         what stands in for a missing one; without them the expert with the largest load in the fitted requests does."""
         r, c = self.residency, self.residency.cluster
         ids_TK = routed.ids.astype(np.int64)
+        if self._plain:
+            experts = np.flatnonzero(np.bincount(ids_TK[~dropped_T].ravel(), minlength=1))
+            return self._used(layer, ids_TK, experts, *self._there(layer, experts))
         wanted = self.precision.wanted(layer, ids_TK, routed.weights, ~dropped_T, self.popularity_LE)
         self._code_LE[layer] = wanted.code_E
         here_E = (r.usable_LEG[layer] & self._good_EG(layer)).any(axis=1)
@@ -126,39 +136,74 @@ class Cache:
             self._code_LE[layer] = len(PRECISIONS) - 1  # what is there is good enough: nothing is waited for
             here_E = usable_E
         experts = np.flatnonzero(np.bincount(ids_TK[kept_T1 & (ids_TK != EMPTY)], minlength=c.experts))
-        self._ahead = {key for key in self._ahead if key[0] != layer}
-        self.eviction.visited(layer)
-        for expert in experts.tolist():
-            key, full = (layer, expert), bool(wanted.code_E[expert] == 0)
-            if key not in self._pinned:
-                pool = self._pool(self._home(expert), layer)
-                self.eviction.used(key, pool, hit=bool(here_E[expert] | coming_E[expert]), full=full)
-        return Executed(
-            ids_TK=ids_TK,
+        found = self._used(layer, ids_TK, experts, here_E[experts], coming_E[experts], wanted.code_E)
+        return replace(
+            found,
             skipped=int(((ids_TK == EMPTY) & kept_T1).sum()),
             substituted=int(((ids_TK != routed_TK) & (ids_TK != EMPTY)).sum()),
-            hit=experts[here_E[experts]].tolist(),
-            awaited=experts[coming_E[experts] & ~here_E[experts]].tolist(),
-            missed=experts[~(here_E | coming_E)[experts]].tolist(),
+        )
+
+    def _there(self, layer: int, experts: NDArray[np.intp]) -> tuple[Bools, Bools]:
+        """[X] each: whether the expert is on a GPU, and on its way to one, as good as it is wanted."""
+        r = self.residency
+        if r.cluster.gpus == 1 and len(experts) <= FEW:  # a decode step decides in microseconds: no arrays for a few
+            usable_E, coming_E = r.usable_LEG[layer, :, 0], r.coming_LEG[layer, :, 0]
+            wanted_E, code_E, least = self._code_LE[layer], r.precision_LEG[layer, :, 0], self._best
+            good = [(e, code_E[e] <= max(wanted_E[e], least)) for e in experts.tolist()]
+            here = [bool(usable_E[e] and enough) for e, enough in good]
+            return np.array(here, np.bool_), np.array([bool(coming_E[e] and enough) for e, enough in good], np.bool_)
+        code_X = np.maximum(self._code_LE[layer, experts], self._best)
+        good_XG = r.precision_LEG[layer, experts] <= code_X[:, None]
+        here_X = (r.usable_LEG[layer, experts] & good_XG).any(axis=1)
+        return here_X, (r.coming_LEG[layer, experts] & good_XG).any(axis=1)
+
+    def _used(
+        self,
+        layer: int,
+        ids_TK: Ints,
+        experts: NDArray[np.intp],
+        here_X: Bools,
+        coming_X: Bools,
+        code_E: NDArray[np.uint8] | None = None,
+    ) -> Executed:
+        """Tell the eviction rule what is computed; what of it is there. `code_E`: as wanted, None for all in full."""
+        self._ahead = {key for key in self._ahead if key[0] != layer}
+        self.eviction.visited(layer)
+        there_X = here_X | coming_X
+        for expert, there in zip(experts.tolist(), there_X.tolist(), strict=True):
+            key = (layer, expert)
+            if key not in self._pinned:
+                full = code_E is None or bool(code_E[expert] == 0)
+                self.eviction.used(key, self._pool(self._home(expert), layer), hit=there, full=full)
+        return Executed(
+            ids_TK=ids_TK,
+            hit=experts[here_X].tolist(),
+            awaited=experts[coming_X & ~here_X].tolist(),
+            missed=experts[~there_X].tolist(),
         )
 
     def fetch(self, layer: int, load_E: Ints, lane: int = 0) -> Fetch:
         """For the experts with tokens left in `load_E`: every GPU fetches its missing ones, as many as find a slot that
         none of them needs. Experts that are there and needed stay; they are computed in the same wave."""
-        r, c = self.residency, self.residency.cluster
-        needed_E = load_E > 0
-        self._busy[lane] = {(layer, int(expert)) for expert in np.flatnonzero(needed_E)}
-        good_EG = self._good_EG(layer)
-        here_E = (r.usable_LEG[layer] & good_EG).any(axis=1)
-        coming_EG = r.coming_LEG[layer] & good_EG & needed_E[:, None] & ~here_E[:, None]
-        awaited = [(int(e), int(g)) for e, g in np.argwhere(coming_EG)]
-        missing_E = needed_E & ~here_E & ~coming_EG.any(axis=1)
-        host_E = np.zeros(c.experts, np.bool_)
+        r = self.residency
+        experts = np.flatnonzero(load_E)
+        self._busy[lane] = {(layer, expert) for expert in experts.tolist()}
+        here_X, coming_X = self._there(layer, experts)
+        awaited: list[tuple[int, int]] = []
+        if (coming_X & ~here_X).any():
+            waits_X = experts[coming_X & ~here_X]
+            coming_XG = r.coming_LEG[layer, waits_X] & self._good_EG(layer)[waits_X]
+            awaited = [(int(waits_X[x]), int(g)) for x, g in np.argwhere(coming_XG)]
+        missing = experts[~(here_X | coming_X)].tolist()
+        host_E = np.zeros(r.cluster.experts, np.bool_)
         if self.cheaper is not None:
-            host_E[[e for e in np.flatnonzero(missing_E) if self.cheaper(int(load_E[e]))]] = True
+            host_E[[expert for expert in missing if self.cheaper(int(load_E[expert]))]] = True
+        self._windows.clear()
         moves: list[Transfer] = []
-        for expert in np.flatnonzero(missing_E & ~host_E).tolist():
-            move = self._bring((layer, expert), int(self._code_LE[layer, expert]), moves, lane)
+        for expert in missing:
+            if host_E[expert]:
+                continue
+            move = self._bring((layer, expert), int(self._code_LE[layer, expert]), lane)
             if move is not None:
                 moves.append(move)
         return Fetch(moves=moves, awaited=awaited, host_E=host_E)
@@ -174,11 +219,12 @@ class Cache:
         wanted = self.precision.expected(layer, forecast, self.popularity_LE, self.residency.cluster.top_k)
         keys = [(layer, expert) for expert in experts if not wanted.skip_E[expert]]
         self._ahead.update(key for key in keys if self._holds(key))
+        self._windows.clear()
         moves: list[Transfer] = []
         for key in keys:
             if self._holds(key):
                 continue
-            move = self._bring(key, int(wanted.code_E[key[1]]), moves, None, due)
+            move = self._bring(key, int(wanted.code_E[key[1]]), None, due)
             if move is not None:
                 moves.append(move)
                 self._ahead.add(key)
@@ -193,12 +239,12 @@ class Cache:
         wanted_E1 = np.maximum(self._code_LE[layer][:, None], self._best)
         return np.asarray(self.residency.precision_LEG[layer] <= wanted_E1)
 
-    def _bring(self, key: Key, code: int, begun: list[Transfer], lane: int | None, due: int = 0) -> Transfer | None:
+    def _bring(self, key: Key, code: int, lane: int | None, due: int = 0) -> Transfer | None:
         """The copy that brings an expert to its GPU, beside those of `begun`, for a lane that waits for it or (None)
         ahead; None where no slot may be given away."""
         layer, expert = key
         gpu = self._home(expert)
-        slot = self._slot(key, gpu, {move.slot for move in begun if move.target == gpu}, lane)
+        slot = self._slot(key, gpu, lane)
         if slot is None:
             return None
         return Transfer(
@@ -212,26 +258,45 @@ class Cache:
             due=due,
         )
 
-    def _slot(self, key: Key, gpu: int, taken: set[int], lane: int | None) -> int | None:
+    def _slot(self, key: Key, gpu: int, lane: int | None) -> int | None:
         """The slot that `key` comes into; the eviction rule has been told."""
         r, pool = self.residency, self._pool(gpu, key[0])
-        window = r.cluster.slots_of(key[0])
-        span = slice(window.start, window.stop)
-        keys = zip(r.layer_GS[gpu, span].tolist(), r.expert_GS[gpu, span].tolist(), strict=True)
-        held = {slot: there for slot, there in zip(window, keys, strict=True) if slot not in taken}
+        held = self._window(gpu, key[0])
         if r.usable_LEG[key][gpu] or r.coming_LEG[key][gpu]:  # with too few bits: it comes anew into its slot
-            return next(slot for slot, there in held.items() if there == key)
-        empty = next((slot for slot, there in held.items() if there[0] == EMPTY), None)
+            return held.pop(key)
+        empty = self._empty(gpu, key[0])
         if empty is None:
-            slot_of = {there: slot for slot, there in held.items() if there not in self._pinned}
-            allowed = self._allowed(slot_of, lane)
+            allowed = self._allowed([there for there in held if there not in self._pinned], lane)
             if not allowed:
                 return None
             goes = self.eviction.victim(pool, allowed, key)
             self._ahead.discard(goes)
-            empty = slot_of[goes]
+            empty = held.pop(goes)
         self.eviction.loaded(key, pool, ahead=lane is None)
         return empty
+
+    def _window(self, gpu: int, layer: int) -> dict[Key, int]:
+        """What lies in the slots that a layer may use, in their order; less what has been given away in this
+        decision."""
+        window = self.residency.cluster.slots_of(layer)
+        found = self._windows.get((gpu, window.start))
+        if found is None:
+            span = slice(window.start, window.stop)
+            keys = list(
+                zip(
+                    self.residency.layer_GS[gpu, span].tolist(),
+                    self.residency.expert_GS[gpu, span].tolist(),
+                    strict=True,
+                )
+            )
+            held = {key: slot for slot, key in zip(window, keys, strict=True) if key[0] != EMPTY}
+            free = [slot for slot, key in zip(window, keys, strict=True) if key[0] == EMPTY]
+            found = self._windows[gpu, window.start] = (held, iter(free))
+        return found[0]
+
+    def _empty(self, gpu: int, layer: int) -> int | None:
+        """The first slot that holds nothing, which is given away with that."""
+        return next(self._windows[gpu, self.residency.cluster.slots_of(layer).start][1], None)
 
     def _allowed(self, keys: Iterable[Key], lane: int | None) -> list[Key]:
         """Those that may go: neither computed nor expected soon. For a lane that waits, else what is expected, else

@@ -81,10 +81,12 @@ class Gpu:
     hbm_efficiency: float = 1.0
     expert_curves: tuple[ExpertCurve, ...] = ()
     """Measured expert phases, one curve for a shape and dtype; other experts are timed by the terms above."""
+    shared_slowdown: float = 0.0
+    """Of partitions, which share a memory: how much longer experts take while all compute than alone, as a share."""
 
     def __post_init__(self) -> None:
         _positive(self, "memory_bytes", "hbm_bytes_per_s", "tile_rows")
-        _not_negative(self, "launch_s", "expert_s")
+        _not_negative(self, "launch_s", "expert_s", "shared_slowdown")
         _share(self, "matmul_efficiency", "hbm_efficiency")
         if not self.matmul_flops_per_s:
             raise InputError("matmul_flops_per_s must name at least one dtype")

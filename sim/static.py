@@ -149,5 +149,7 @@ def is_static(
     distinct, tiles = _table_shape(scenario, profile)
     if measured_ranges(scenario.cluster.gpus, profile, scenario.spec, dtype):
         return False  # whoever leaves a curve must say so
+    if profile.gpu.shared_slowdown:
+        return False  # a GPU's seconds depend on what the others have to do
     once = bool(usable_LEG.any(axis=2).all()) and np.count_nonzero(usable_LEG) == usable_LEG[..., 0].size
     return never and once and distinct * tiles <= LARGEST_TABLE

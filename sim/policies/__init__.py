@@ -5,7 +5,7 @@ docs/architecture.md says what the parts mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,6 +144,25 @@ def make_policy(
     )
 
 
+def decides_like(policy: Policy, timed: Iterable[str]) -> str | None:
+    """The one of the policies `timed` whose decisions take as long as this policy's: itself, or the first named one
+    that differs in nothing that a decision has to work out (an own or tuned policy has a name that nobody has timed).
+    An eviction of the same kind is preferred. None where there is none."""
+    known = [name for name in timed if name in POLICIES or name == policy.name]
+    if policy.name in known:
+        return policy.name
+    mine = policy.recipe
+
+    def alike(name: str) -> bool:
+        other = POLICIES[name]
+        same = (other.predictor, type(other.rule), other.split, other.routing, other.miss is None)
+        return same == (mine.predictor, type(mine.rule), mine.split, mine.routing, mine.miss is None)
+
+    found = [name for name in known if alike(name)]
+    closer = [name for name in found if POLICIES[name].eviction == mine.eviction]
+    return next(iter([*closer, *found]), None)
+
+
 def _check_parts(name: str, parts: Recipe, cluster: Cluster, fit_on: TokenTable | LoadTable) -> None:
     """Raise InputError where parts do not go together, or ask for gate weights that were not recorded."""
     if isinstance(parts.rule, Prefetch) and parts.miss is None:
@@ -179,6 +198,7 @@ __all__ = [
     "balanced_placement",
     "check_slots",
     "contiguous_placement",
+    "decides_like",
     "default_baseline",
     "is_trained",
     "make_policy",

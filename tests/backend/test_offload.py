@@ -131,7 +131,7 @@ class Lying(Inline):
 
 
 def test_poison_shows_an_expert_that_computes_before_it_has_come(monkeypatch):
-    monkeypatch.setattr("moesim.backend.offload.Inline", Lying)
+    monkeypatch.setattr("moesim.backend.offload_core.Inline", Lying)
     model, there, offloads = small.offloaded(poison=True)
     small.begin(offloads, "on-demand")
     assert np.isnan(difference(model, there))
@@ -140,10 +140,10 @@ def test_poison_shows_an_expert_that_computes_before_it_has_come(monkeypatch):
 class Slow(Threaded):
     """Prefetches take long."""
 
-    def _carry(self, batch, ready):
+    def _carry(self, batch):
         if not batch[0].transfer.blocking:
             self.gate.wait(0.002)
-        super()._carry(batch, ready)
+        super()._carry(batch)
 
     def __init__(self, host, slots):
         import threading
@@ -154,7 +154,7 @@ class Slow(Threaded):
 
 @pytest.mark.parametrize("name", [name for name in EXACT if "prefetch" in name or name == "moe-infinity"])
 def test_late_copies_cost_time_and_nothing_else(name, monkeypatch):
-    monkeypatch.setattr("moesim.backend.offload.Threaded", Slow)
+    monkeypatch.setattr("moesim.backend.offload_core.Threaded", Slow)
     model, there, offloads = small.offloaded(asynchronous=True, poison=True)
     small.begin(offloads, name)
     assert difference(model, there) <= TOLERANCE[torch.float64]

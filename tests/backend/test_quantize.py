@@ -28,6 +28,12 @@ def rows(count=3, params=1024, seed=0):
     return torch.randn(count, params, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
+def unpacked(packed, dtype, params, out=torch.float32):
+    told = torch.full((len(packed), params), float("nan"), dtype=out)
+    dequantise(packed, dtype, params, told)
+    return told
+
+
 def test_every_precision_of_the_simulator_is_real():
     assert set(BITS) == set(COPY_BYTES) == set(PRECISIONS[1:])
 
@@ -45,7 +51,7 @@ def test_a_copy_has_the_bytes_that_the_simulator_charges(dtype, shape):
 def test_the_executor_moves_that_many(precision):
     _, _, offloads = small.offloaded(torch.float32)
     host = offloads["encoder"].host
-    one = host.rows(precision)[0, 0]
+    one = host.rows(precision)[0][0]
     assert one.nbytes == host.bytes(precision) == copy_bytes(host.shape.params, host.shape.bytes, precision)
 
 
@@ -57,7 +63,7 @@ def test_any_length_and_size_comes_back_near(params, dtype, scale, seed):
     """Inside the outermost levels the error is half a step; a group's largest weight may lie outside, by what was
     clipped off it. float16 rounds the scale by 2^-11."""
     true = rows(2, params, seed) * scale
-    told = dequantise(quantise(true, dtype), dtype, params, torch.float32)
+    told = unpacked(quantise(true, dtype), dtype, params)
     steps = 2 ** BITS[dtype] - 1
     for start in range(0, params, GROUP):
         a, b = true[:, start : start + GROUP], told[:, start : start + GROUP]
@@ -72,18 +78,18 @@ def test_rounds_as_by_hand():
     packed = quantise(row, "int2")
     assert packed[0, :2].view(torch.float16).item() == 2.0
     assert packed[0, 2].item() == 0b11_10_01_00  # the first weight in the lowest bits
-    assert torch.equal(dequantise(packed, "int2", 128, torch.float32), row)
+    assert torch.equal(unpacked(packed, "int2", 128), row)
 
 
 def test_more_bits_are_nearer_and_zeros_stay_zero():
     true = rows()
     errors = [
-        float((dequantise(quantise(true, d), d, 1024, torch.float64) - true).norm() / true.norm())
+        float((unpacked(quantise(true, d), d, 1024, torch.float64) - true).norm() / true.norm())
         for d in ("int8", "int4", "int2")
     ]
     assert errors == sorted(errors)
     assert errors[0] < 0.01 and errors[1] < 0.12 and errors[2] < 0.4
-    assert not dequantise(quantise(torch.zeros(1, 130), "int2"), "int2", 130, torch.float32).any()
+    assert not unpacked(quantise(torch.zeros(1, 130), "int2"), "int2", 130).any()
 
 
 def test_fewer_bits_cost_what_their_rounding_costs():
@@ -98,8 +104,8 @@ def test_fewer_bits_cost_what_their_rounding_costs():
     offload = offloads["encoder"]
     expert = int(np.flatnonzero(offload.driver.residency.precision_LEG[0, :, 0])[0])
     slot = offload.driver.residency.slot(0, expert, 0)
-    packed = offload.host.rows("int8")[0, expert : expert + 1]
-    true = dequantise(packed, "int8", offload.host.shape.params, torch.float32)[0]
+    packed = offload.host.rows("int8")[0][expert : expert + 1]
+    true = unpacked(packed, "int8", offload.host.shape.params)[0]
     assert torch.equal(offload.slots.rows_SP[slot], true)
     assert 0 < float((got - wanted).abs().max()) < 0.5
     assert offload.tally.pairs.precision["int8"].sum() > 0

@@ -42,9 +42,10 @@ def invoke(*arguments):
 
 def test_results_log_and_json_of_one_run(inputs, tmp_path):
     model, trace = inputs
-    out, log = tmp_path / "measured.json", tmp_path / "decisions.jsonl"
+    out, log, picture = (tmp_path / name for name in ("measured.json", "decisions.jsonl", "timeline.json"))
     options = ["--policy", "eplb", "--ranks", 2, "--device", "cpu", "--batch-tokens", 14, "--repeats", 2, "--warmup", 0]
-    result = invoke(model, "--trace", trace, *options, "--json", "--out", out, "--decision-log", log)
+    files = ["--out", out, "--decision-log", log, "--timeline", picture]
+    result = invoke(model, "--trace", trace, *options, "--json", *files)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert [entry["policy"] for entry in data["results"]] == ["contiguous", "eplb"]
@@ -58,6 +59,28 @@ def test_results_log_and_json_of_one_run(inputs, tmp_path):
     assert sum(step.moved_bytes for step in eplb.steps) == eplb.scores["transfers"] * 2 * 32 * 48 * 4
     decisions = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["policy"] for line in decisions} == {"contiguous", "eplb"}
+    assert base.config["utilisation"]["duration_s"] > base.total_s
+    check_timelines(trace, base, out, picture, tmp_path)
+
+
+def check_timelines(trace, base, measured, picture, folder):
+    """The measured one alone, then beside the simulated one; what a rank did lasts as long as its steps."""
+    drawn = json.loads(picture.read_text())["traceEvents"]
+    assert [e["args"]["name"] for e in drawn if e["name"] == "process_name"] == ["contiguous", "eplb"]
+    ends = [e["ts"] + e["dur"] for e in drawn if e["ph"] == "X" and e["pid"] == 1]
+    assert max(ends) == pytest.approx(base.total_s * 1e6, rel=1e-3)
+    simulated, both = folder / "simulated.json", folder / "both.json"
+    options = ["--policy", "eplb", "--profile", "8xH100-NVLink", "--gpus", "2", "--batch-tokens", "14"]
+    simulate = ["simulate", str(trace), *options, "--out", str(simulated)]
+    compare = ["compare", str(simulated), str(measured), "--timeline", str(both)]
+    done = CliRunner().invoke(main, simulate)
+    assert done.exit_code == 0, done.output
+    assert_one_line(CliRunner().invoke(main, compare), "the simulated contiguous has no timeline: run simulate with")
+    for words in ([*simulate, "--timeline", str(folder / "simulated-timeline.json")], compare):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+    processes = [e["args"]["name"] for e in json.loads(both.read_text())["traceEvents"] if e["name"] == "process_name"]
+    assert processes == [f"{policy}: {kind}" for policy in ("contiguous", "eplb") for kind in ("simulated", "measured")]
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,11 @@ SURFACE = {
     "--dtype --contention --tensor-parallel --micro-batches --no-overlap --send --copy-dtype --memory-gib --latency-ms "
     "--allow-lossy --quality --budget-seconds --out --json",
     "explain": "--policy --step --timeline --json",
-    "run-gpu": f"--policy --baseline --ranks --device --trace --text {WORKLOAD} --phase --extra-slots --max-steps "
-    "--repeats --warmup --dtype --json --out --decision-log",
-    "calibrate": "--ranks --device --out --dtype --batch-tokens --extra-slots",
+    "run-gpu": "--policy --baseline --ranks --partitions --random --routing --resident --copy-dtype --device --trace "
+    f"--text {WORKLOAD} --phase --extra-slots --max-steps --repeats --warmup --dtype --json --out --decision-log "
+    "--timeline",
+    "calibrate": "--ranks --partitions --random --resident --copy-dtype --phase --device --out --dtype --batch-tokens "
+    "--extra-slots",
     "profile list": "--json",
     "profile show": "--json",
     "profile check": "--json",
@@ -50,7 +52,7 @@ SURFACE = {
     "--seed --dtype --device --json --out",
     "policy list": "--json",
     "policy show": "",
-    "compare": "--baseline --quality --json --out",
+    "compare": "--baseline --quality --timeline --json --out",
     "demo": "--model --out --ranks --device --max-tokens --batch-tokens",
 }
 

@@ -1,0 +1,130 @@
+"""One partition's expert weights, and the feed-forward of its tokens over them.
+
+A partition reads the shared hidden states by index and writes its tokens' rows of the shared output, so dispatch and
+combine are a gather and a scatter in the device's memory, inside the matrix products where the Triton kernels run.
+Shape letters: T tokens of the step, M tokens of the partition, S slots of a layer, D = d_model, F = d_ff, P weights of
+an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from moesim.backend import kernels
+from moesim.backend.experts import ExpertShape, Key
+from moesim.backend.grouped import SlotWeights, choose
+from moesim.sim.residency import Cluster
+from moesim.traces import InputError
+
+KERNELS = ("triton", "loop")
+
+
+class PartitionSlots:
+    """The slots of one partition, [L x S, P] in one piece; who may compute from which is the Residency's to say."""
+
+    def __init__(self, cluster: Cluster, shape: ExpertShape, activation: str, device: torch.device) -> None:
+        self.rows_SP = torch.zeros((cluster.gpu_slots, shape.params), dtype=shape.dtype, device=device)
+        self._cluster, self._shape, self._activation = cluster, shape, activation
+        self._slot_of: dict[Key, int] = {}
+        self._key_of: dict[int, Key] = {}
+        self._layers = [self._weights(layer) for layer in range(cluster.layers)]
+
+    def layer(self, layer: int) -> SlotWeights:
+        """The weights in the slots of one layer."""
+        return self._layers[layer]
+
+    def claim(self, slot: int, key: Key) -> torch.Tensor:
+        """[P] the slot's row, which the caller fills with this expert; what was there is forgotten."""
+        before = self._key_of.get(slot)
+        if before is not None and self._slot_of.get(before) == slot:
+            del self._slot_of[before]
+        self._slot_of[key], self._key_of[slot] = slot, key
+        return self.rows_SP[slot]
+
+    def slot(self, key: Key) -> int:
+        """Where the expert is, also when its slot has been promised to another that has not been claimed yet."""
+        return self._slot_of[key]
+
+    def _weights(self, layer: int) -> SlotWeights:
+        window = self._cluster.slots_of(layer)
+        return SlotWeights.of_rows(
+            self.rows_SP[window.start : window.stop],
+            d_model=self._shape.d_model,
+            d_ff=self._shape.d_ff,
+            activation=self._activation,
+            gated=False,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one partition computes of one layer."""
+
+    x_TD: torch.Tensor
+    """Hidden states of all tokens."""
+    token_M: torch.Tensor
+    """int64, the partition's tokens, slot by slot."""
+    offsets_S1: torch.Tensor
+    """int32 [S + 1] on the device: slot s computes tokens offsets[s] to offsets[s + 1]."""
+    tokens_S: list[int]
+    """The same on the host, as counts."""
+    scale_T: torch.Tensor
+    """Of every token, multiplied with its output in the dtype of x."""
+    out_TD: torch.Tensor
+    """Zeros; the partition writes its tokens' rows."""
+    tile_rows: int
+    """Mean tokens of a partition in the largest step: all partitions use the tile that suits it, so that their times
+    differ by their work alone."""
+
+
+def compute(work: Work, weights: SlotWeights, slot_S: torch.Tensor, kernel: str) -> None:
+    """Write scale x expert(x) of the partition's tokens; kernels go to the current stream. `slot_S` int32: 0, 1, ..."""
+    if not len(work.token_M):
+        return
+    if kernel == "triton":
+        _triton(work, weights, slot_S)
+        return
+    x_MD = work.x_TD.index_select(0, work.token_M)
+    y_MD = _loop(work, weights, x_MD)
+    scaled_MD = y_MD * work.scale_T.index_select(0, work.token_M)[:, None]
+    work.out_TD.index_copy_(0, work.token_M, scaled_MD.to(work.out_TD.dtype))
+
+
+def kernel_of(asked: str, x_ND: torch.Tensor, weights: SlotWeights) -> str:
+    """ "triton" or "loop"; "auto" takes the first where it can run. Raises InputError where the one asked for cannot.
+
+    torch's own grouped product is no choice: it starts as many programs as the whole device has multiprocessors.
+    """
+    if asked == "auto":
+        return "triton" if choose("auto", x_ND, weights) == "triton" else "loop"
+    if asked not in KERNELS:
+        raise InputError(f"unknown kernel {asked!r} for partitions; known: auto, {', '.join(KERNELS)}")
+    return choose(asked, x_ND, weights)
+
+
+def _triton(work: Work, weights: SlotWeights, slot_S: torch.Tensor) -> None:
+    slots, bounds = weights.slots, (work.offsets_S1, slot_S)
+    F, D = weights.up_SFD.shape[1:]
+    h_MF = kernels.grouped_up(
+        work.x_TD,
+        work.token_M,
+        *bounds,
+        weights.up_SFD,
+        activation=weights.activation,
+        gated=weights.gated,
+        tile=kernels.tile_of(work.tile_rows, slots, F),
+    )
+    tile = kernels.tile_of(work.tile_rows, slots, D)
+    kernels.grouped_down(h_MF, work.token_M, work.scale_T, *bounds, weights.down_SDF, work.out_TD, tile=tile)
+
+
+def _loop(work: Work, weights: SlotWeights, x_MD: torch.Tensor) -> torch.Tensor:
+    parts = []
+    for slot, x_ND in enumerate(torch.split(x_MD, work.tokens_S)):
+        if len(x_ND):
+            inner_NF = weights.act(functional.linear(x_ND, weights.up_SFD[slot]))
+            parts.append(functional.linear(inner_NF, weights.down_SDF[slot]))
+    return torch.cat(parts)

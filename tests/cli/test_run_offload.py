@@ -1,0 +1,112 @@
+"""`moesim run-gpu` and `moesim calibrate` with --resident: the shipped model on the CPU, and what simulate and
+compare make of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from moesim.backend.offload_options import Offloading
+from moesim.cli.main import main
+from moesim.sim.profile import load_profile
+from moesim.sim.results import load_results
+from moesim.traces import InputError
+from moesim.traces.record import RecordOptions, load_model, record
+from moesim.traces.texts import read_texts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from switch_models import SHIPPED
+
+sys.path.remove(str(Path(__file__).parents[1]))
+
+SAME = ["--batch-tokens", "256", "--max-steps", "3", "--phase", "encoder"]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    model, tokenizer = load_model(str(SHIPPED), device="cpu", dtype="float32")
+    options = RecordOptions(max_tokens=2600, lookahead=0, generate=5)
+    texts = read_texts([SHIPPED / "samples"])
+    return record(model, tokenizer, texts, tmp_path_factory.mktemp("t") / "t", options, source=str(SHIPPED))
+
+
+def moesim(*words):
+    result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def run(trace, *words):
+    code, out, err = moesim("run-gpu", SHIPPED, "--trace", trace, "--device", "cpu", "--json", *words)
+    assert code == 0, err
+    told = json.loads(out)
+    return {row["policy"]: row for row in told["results"]}, told
+
+
+def test_simulated_beside_measured_with_a_profile_of_this_executor(trace, tmp_path):
+    measured, simulated, profile = (tmp_path / f"{name}.json" for name in ("measured", "simulated", "profile"))
+    rows, told = run(
+        trace, "--policy", "lfu,belady,contiguous", "--resident", "25%", *SAME, "--repeats", 2, "--out", measured
+    )
+    assert told["baseline"] == "on-demand" and set(rows) == {"on-demand", "lfu", "belady", "contiguous"}
+    assert told["config"]["routing"] == "model" and told["config"]["executor"] == "offload"
+    slots = {result.policy: result.config["resident"] for result in load_results(measured)}
+    assert slots == {"on-demand": 8, "lfu": 8, "belady": 8, "contiguous": None}
+    assert rows["contiguous"]["metrics"]["moved_bytes"] == 0 < rows["belady"]["metrics"]["moved_bytes"]
+    assert 0 < rows["lfu"]["metrics"]["hit_rate"] < 1
+    code, out, err = moesim(
+        "calibrate", SHIPPED, "--resident", "25%", "--batch-tokens", 256, "--device", "cpu", "--out", profile
+    )
+    assert code == 0, err
+    found = load_profile(profile)
+    assert found.links.host.curve is not None and found.gpu.expert_curves and found.cpu is not None
+    assert {"on-demand", "lfu", "prefetch-ridge"} <= set(found.decide_s) and "Holds for encoder" in out
+    code, _, err = moesim(
+        "simulate", trace, "--profile", profile, "--resident", 8, "--gpus", 1, "--policy", "on-demand,lfu", *SAME,
+        "--dtype", "float32", "--out", simulated,
+    )  # fmt: skip
+    assert code == 0, err
+    code, out, err = moesim("compare", simulated, measured, "--baseline", "on-demand", "--json")
+    assert code == 0, err
+    (lfu,) = (row for row in json.loads(out)["rows"] if row["policy"] == "lfu")
+    assert lfu["simulated"] > 0 and lfu["measured"] > 0 and lfu["simulated_phase_s"]["decide"] > 0
+
+
+def test_decode_continues_the_recorded_requests(trace):
+    words = ["--phase", "decode", "--batch-tokens", 3, "--max-steps", 5, "--repeats", 1, "--warmup", 0]
+    rows, told = run(trace, "--policy", "prefetch-layer", "--resident", 4, *words, "--copy-dtype", "int8")
+    assert told["config"]["phase"] == "decode" and told["config"]["copy_dtype"] == "int8"
+    row = rows["prefetch-layer"]
+    assert row["metrics"]["rounded_tokens"] > 0
+    assert row["speedup"] is None, "what it costs in quality was not measured"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resident", "half"], "a number of slots or a share"),
+        (["--resident", "33"], "32 experts take 1 to 32"),
+        (["--resident", "4", "--ranks", "2"], "one device, in one process"),
+        (["--resident", "4", "--phase", "prefill"], "encoder, decode, not prefill"),
+        (["--copy-dtype", "int8"], "add --resident"),
+        (["--resident", "4", "--routing", "replay"], "give --trace"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(words, message, trace):
+    given = [] if "--routing" in words else ["--trace", trace]
+    code, _, err = moesim("run-gpu", SHIPPED, "--policy", "lfu", "--device", "cpu", *given, *words)
+    assert code != 0 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_policy_that_needs_every_expert_on_the_device_is_refused(trace):
+    code, _, err = moesim(
+        "run-gpu", SHIPPED, "--policy", "balanced", "--resident", "4", "--trace", trace, "--device", "cpu"
+    )
+    assert code != 0 and "needs every expert on a GPU" in err
+
+
+def test_shares_are_rounded():
+    assert [Offloading(resident=text).slots(128) for text in ("10%", "25%", "50 %", "7")] == [13, 32, 64, 7]
+    with pytest.raises(InputError, match="is 0 slots"):
+        Offloading(resident="0.1%").slots(128)
