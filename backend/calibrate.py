@@ -112,7 +112,7 @@ def seconds_of(ranks: Ranks, work: Callable[[], object], repeats: int = REPEATS)
 
 def _decisions(job: Job, executor: Executor, scenario: Scenario) -> dict[str, float]:
     """Policy name to mean seconds of a decision point: the exchange of ids, forecasts, planning, the split."""
-    names = [name for name, parts in POLICIES.items() if not parts.simulated_only]
+    names = list(job.policies) or [name for name, parts in POLICIES.items() if not parts.simulated_only]
     asked: dict[str, list[Floats]] = {name: [] for name in names}
     gathered = []
     for done in range(2 * len(names)):

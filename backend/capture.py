@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -92,19 +93,35 @@ def _captured(body: Callable[[], None], pool: GraphPool) -> Any:
             body()
     here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    handle = pool.handle(graph)
     try:
-        with torch.cuda.graph(graph, pool=pool.handle(graph)):
+        with torch.cuda.graph(graph, pool=handle):
             body()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         # The end of a capture that has failed may fail too, and leave its stream the current one.
         torch.cuda.set_stream(here)
+        recover(handle)
         raise InputError(
             f"the forward pass cannot become a CUDA graph ({_cause(error)}); the library's expert loop waits for the"
             " device: put the drop-in MoE layers into the model first"
         ) from error
     return graph
+
+
+def recover(pool_handle: Any) -> None:
+    """Take back what a capture that failed, on a stream that is left, has left behind in this process.
+
+    Torch's allocator (up to 2.11) takes it for one that goes on, so that nothing can be given back to the driver and no
+    other capture begins; its random numbers take no graph's replay any more until a capture has succeeded.
+    """
+    with suppress(RuntimeError):  # it was told that the capture is over
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool_handle)
+    with suppress(RuntimeError):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.zeros(1, device="cuda")
 
 
 def _cause(error: BaseException) -> str:

@@ -29,18 +29,22 @@ class Gate:
 
     def __init__(self, device: torch.device) -> None:
         self.on = device.type == "cuda"
-        self._taken_s = deque([FIRST_S], maxlen=REMEMBERED)
+        self._taken_s: dict[int, deque[float]] = {}
+        """By number of launches: what eight partitions take says nothing about one."""
         self._ticks_per_s = _ticks_per_s(device) if self.on else 0.0
 
-    def hold(self) -> None:
-        """Put it into the current stream."""
+    def hold(self, launches: int) -> None:
+        """Put it into the current stream, before so many queues are given work."""
         if self.on:
-            seconds = min(LONGER * statistics.median(self._taken_s), MOST_S)
+            seconds = min(LONGER * statistics.median(self._taken(launches)), MOST_S)
             torch.cuda._sleep(int(seconds * self._ticks_per_s))  # type: ignore[no-untyped-call]
 
-    def launched(self, seconds: float) -> None:
-        """The launches took so long this time."""
-        self._taken_s.append(seconds)
+    def launched(self, launches: int, seconds: float) -> None:
+        """They took so long this time."""
+        self._taken(launches).append(seconds)
+
+    def _taken(self, launches: int) -> deque[float]:
+        return self._taken_s.setdefault(launches, deque([FIRST_S], maxlen=REMEMBERED))
 
 
 def _ticks_per_s(device: torch.device) -> float:

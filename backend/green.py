@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moesim.backend import routing_kernels
 from moesim.traces import MoesimError
 
 SM_GROUPS = "sm-groups"
@@ -141,12 +142,22 @@ def _divided(driver: Any, whole: Any, count: int, sizes: range) -> tuple[list[An
 
 
 def _try(device: torch.device, streams: tuple[torch.cuda.Stream, ...]) -> None:
-    """Run a kernel in each. Raises GreenContextError where torch cannot use streams that the driver made."""
+    """Use each as the queues do: kernels, also of Triton, which its launcher has loaded into the primary context, and
+    events of other streams. Raises GreenContextError where that does not work with streams that the driver made."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    main = torch.cuda.current_stream(device)
+    begin.record(main)
     try:
         for stream in streams:
+            stream.wait_event(begin)
             with torch.cuda.stream(stream):
-                torch.zeros(1, device=device).add_(1)
+                some_M = torch.zeros(1, dtype=torch.int64, device=device).add_(1)
+                if routing_kernels.HAVE_TRITON:
+                    routing_kernels.group(some_M, 2)
+            end.record(stream)
+            main.wait_event(end)
         torch.cuda.synchronize(device)
+        begin.elapsed_time(end)
     except RuntimeError as error:
         raise GreenContextError(f"torch cannot use its streams: {' '.join(str(error).split())[:200]}") from None
 

@@ -5,6 +5,7 @@ Fetched are configuration, tokenizer and weights, once; afterwards they are foun
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -44,3 +45,14 @@ def model_name(folder: str | Path) -> str:
     if path.parent.name == "snapshots":
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name
+
+
+def model_digest(folder: Path) -> str:
+    """One for configuration and weights, as a recording of the model has it."""
+    from moesim.traces.store import files_digest
+
+    found = {}
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with file.open("rb") as content:
+            found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return files_digest(found)

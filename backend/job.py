@@ -15,7 +15,7 @@ from moesim.traces import InputError, Workload
 
 JOB_FILE = "job.json"
 PHASES = ("encoder", "prefill")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +91,8 @@ def check_options(job: Job) -> None:
         raise InputError("--repeats must be at least 1 and --warmup at least 0")
     for policy in job.policies:
         if recipe(policy).simulated_only:
+            if recipe(policy).miss is not None:
+                raise InputError(f"policy {policy!r} is about experts in host memory: add --resident 25%, say")
             raise InputError(
                 f"policy {policy!r} runs in the simulator only: a bound that no machine can reach, or a mechanism that "
                 "the real executor does not have yet"
@@ -100,7 +102,9 @@ def check_options(job: Job) -> None:
     config = model_config(Path(job.model))
     stack = "decoder" if job.phase == "prefill" else "encoder"
     if job.phase == "decode":
-        raise InputError("--phase decode is not available yet on real devices: use encoder or prefill")
+        raise InputError(
+            "--phase decode runs with --resident only so far: use encoder or prefill, or add --resident 100%"
+        )
     if job.phase not in PHASES:
         raise InputError(f"--phase must be one of {', '.join(PHASES)}, got {job.phase!r}")
     if not int(config.get(f"num_sparse_{stack}_layers", 0)):
@@ -121,7 +125,7 @@ def check_partitions(job: Job) -> None:
     if not job.partitions:
         for option, asked in (("--random", bool(job.random)), ("--routing replay", job.routing != "model")):
             if asked:
-                raise InputError(f"{option} runs on partitions of one device: add --partitions 4, say")
+                raise InputError(f"{option} runs on partitions of one device: add --partitions 4 or --resident 25%")
     if job.kind != "run":
         return
     if not job.random and not job.model:

@@ -9,7 +9,7 @@ S slots, D = d_model, F = d_ff.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ else:
     HAVE_TRITON = True
 
 ACTIVATIONS = ("relu", "silu", "gelu_new")
+SHARED_BYTES = 227 * 1024
+"""Most shared memory that a program can have on an H100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +36,26 @@ class Tile:
     warps: int
     stages: int
 
+    def shared_bytes(self, itemsize: int, matrices: int) -> int:
+        """Shared memory for all stages of one tile of rows and one of each of the weight matrices."""
+        return (self.rows + matrices * self.columns) * self.depth * itemsize * self.stages
 
-def tile_of(rows: int, groups: int, columns: int) -> Tile:
-    """The tile that suits `rows` rows in at most `groups` groups and so many output columns."""
+
+def tile_of(rows: int, groups: int, columns: int, *, itemsize: int = 2, matrices: int = 1) -> Tile:
+    """The tile that suits `rows` rows in at most `groups` groups and so many output columns.
+
+    `itemsize`: bytes of a number; `matrices`: that a program multiplies with, two where experts are gated. Tiles of
+    wider numbers are as many bytes deep. Where two matrices would not fit into shared memory there are fewer stages.
+    """
+    tile = _suited(rows, groups, columns)
+    tile = replace(tile, depth=tile.depth * 2 // itemsize)
+    while tile.shared_bytes(itemsize, matrices) > SHARED_BYTES:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
+
+
+def _suited(rows: int, groups: int, columns: int) -> Tile:
+    """See `tile_of`, for bfloat16 and one matrix."""
     mean = rows / max(min(groups, rows), 1)
     if rows <= 8:  # a decode step of few requests: latency, so many small programs
         return Tile(rows=16, columns=16 if columns <= 1024 else 32, depth=256, warps=4, stages=3)
@@ -67,7 +86,7 @@ def grouped_up(
     """
     M, D, width = len(source_M), x_ND.shape[1], up_SFD.shape[1]
     F = width // 2 if gated else width
-    tile = tile or tile_of(M, len(slot_X), F)
+    tile = tile or tile_of(M, len(slot_X), F, itemsize=x_ND.itemsize, matrices=1 + gated)
     h_MF = torch.empty((M, F), dtype=x_ND.dtype, device=x_ND.device)
     if M:
         triton_kernels.up[_grid(M, len(slot_X), tile, F)](
@@ -104,7 +123,7 @@ def grouped_down(
     Rows past the last offset are not written.
     """
     M, F, D = len(target_M), h_MF.shape[1], out_PD.shape[1]
-    tile = tile or tile_of(M, len(slot_X), D)
+    tile = tile or tile_of(M, len(slot_X), D, itemsize=h_MF.itemsize)
     if M:
         triton_kernels.down[_grid(M, len(slot_X), tile, D)](
             h_MF,

@@ -265,7 +265,7 @@ class OffloadedExperts:
             ids_N = ids_N.masked_fill(slot_E1.index_select(0, ids_N) < 0, E)
             groups = group_pairs(ids_N, E, slot_E)
         self._decided()
-        out_ND = self.multiply(routed.x_ND, replace(groups, slot_X=slot_E), routed.prob_N)
+        out_ND = self.multiply(routed.x_ND, replace(groups, slot_X=slot_E, every_slot=False), routed.prob_N)
         self.tally.mark("experts")
         self._thinks()
         self.tally.step.computed[-1] += int(tokens_E.sum())

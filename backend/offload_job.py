@@ -19,12 +19,12 @@ from moesim.backend.job import Job
 from moesim.backend.offload_calibrate import calibrate_device, profile_of
 from moesim.backend.offload_options import Offloading
 from moesim.backend.offload_session import OffloadRun, results_of, run_interleaved
-from moesim.backend.partition_session import spec_of
+from moesim.backend.partition_session import random_weights, spec_of, with_widths
 from moesim.backend.session import leave_results
 from moesim.backend.switch import load_model
 from moesim.backend.synthetic import random_model, synthetic_table
 from moesim.backend.utilisation import watched
-from moesim.sim.policies import Policy, check_slots, make_policy, recipe
+from moesim.sim.policies import Policy, make_policy, recipe
 from moesim.sim.profile import HardwareProfile
 from moesim.sim.residency import Cluster
 from moesim.sim.results import Result
@@ -49,10 +49,7 @@ def run_offload(job: Job, asked: Offloading, say: Say) -> list[Result]:
     say(0.0, "loading the model")
     device, phase, trace = torch.device(job.device), Phase[job.phase.upper()], Trace.open(Path(job.trace))
     stack, replay = STACK_OF_PHASE[phase], job.routing == "replay"
-    for name in job.policies:
-        if name != RESIDENT:
-            check_slots(name, 1)
-    model = _model(job, stack, device)
+    model = _model(job, stack, device, trace.spec)
     of_model = spec_of(model)
     slots = asked.slots(of_model.num_experts)
     scenario = make_scenario(
@@ -87,6 +84,7 @@ def run_offload(job: Job, asked: Offloading, say: Say) -> list[Result]:
     config = {
         "model": job.random or model_name(job.model),
         "weights": "random" if job.random else "loaded",
+        **({} if replay else {"model_digest": trace.model_digest}),
         "trace": Path(job.trace).name,
         "dtype": job.dtype,
         "repeats": job.repeats,
@@ -152,16 +150,13 @@ def _policy(name: str, scenario: Scenario) -> Policy:
     return make_policy(name, replace(scenario.cluster, resident=slots), scenario.fit, scenario.gates)
 
 
-def _model(job: Job, stack: str, device: torch.device) -> Any:
+def _model(job: Job, stack: str, device: torch.device, spec: ModelSpec | None = None) -> Any:
     if not job.random:
         return load_model(Path(job.model), job.dtype)
-    from moesim.backend.random_model import random_switch
-
-    return random_switch(job.random, getattr(torch, job.dtype), device, stacks=(stack,))
+    return random_weights(job.random, job.dtype, device, spec, stack)
 
 
 def _with_widths(spec: ModelSpec, model: ModelSpec) -> ModelSpec:
-    """The trace's spec, with the model's stacks and widths where it has none of its own."""
-    if spec.widths is None:
-        return replace(model, family=spec.family)
-    return spec
+    """The trace's spec, with the model's stacks and widths where it has none of its own. Raises InputError where it has
+    others."""
+    return replace(model, family=spec.family) if spec.widths is None else with_widths(spec, model)

@@ -3,6 +3,7 @@ once."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moesim.traces import InputError
@@ -19,14 +20,22 @@ class Offloading:
     copy_dtype: str | None = None
 
     def slots(self, experts: int) -> int:
-        """Slots a layer. Raises InputError where the text is neither a number nor a share, or is out of range."""
-        text = self.resident.strip()
-        try:
-            found = round(float(text[:-1]) / 100 * experts) if text.endswith("%") else int(text)
-        except ValueError:
-            raise InputError(f"--resident is a number of slots or a share such as 25%, got {self.resident!r}") from None
-        if not 1 <= found <= experts:
-            raise InputError(
-                f"--resident {self.resident} is {found} slots a layer; {experts} experts take 1 to {experts}"
-            )
-        return found
+        """Slots a layer; see `slots_of`."""
+        return slots_of(self.resident, experts)
+
+
+def slots_of(resident: str, experts: int) -> int:
+    """Slots a layer. Raises InputError where the text is neither a number nor a share, or is out of range."""
+    text = resident.strip()
+    share = text.endswith("%")
+    try:
+        asked = float(text[:-1]) / 100 * experts if share else int(text)
+    except ValueError:
+        asked = math.nan
+    if not math.isfinite(asked):
+        raise InputError(f"--resident is a number of slots or a share such as 25%, got {resident!r}")
+    found = round(asked)
+    if found < 1 or asked > experts:
+        is_slots = "more than all" if share and asked > experts else f"{found} slots a layer"
+        raise InputError(f"--resident {resident} is {is_slots}; {experts} experts take 1 to {experts}")
+    return found

@@ -24,7 +24,7 @@ from moesim.backend.switch import check_trace
 from moesim.backend.walk import Choices, DecodeWalk, EncoderWalk, Known, Walk
 from moesim.sim.driver import DecisionLog
 from moesim.sim.eviction import ORACLES, Future
-from moesim.sim.policies import Policy
+from moesim.sim.policies import Policy, recipe_digest
 from moesim.sim.results import Result
 from moesim.sim.scenario import Scenario, StepInput
 from moesim.sim.timeline import Span
@@ -238,7 +238,11 @@ def results_of(
     about |= {"copy_dtype": run.offload.options.copy_dtype} if run.offload.options.copy_dtype else {}
     about |= {**describe_device(run.device), **config}
     return [
-        summarise(policy.name, passes[policy.name], {**about, "resident": policy.cluster.resident})
+        summarise(
+            policy.name,
+            passes[policy.name],
+            {**about, "resident": policy.cluster.resident, "policy_digest": recipe_digest(policy.recipe)},
+        )
         for policy in policies
     ]
 

@@ -106,7 +106,7 @@ def kernel_of(asked: str, x_ND: torch.Tensor, weights: SlotWeights) -> str:
 
 
 def _triton(work: Work, weights: SlotWeights, slot_S: torch.Tensor) -> None:
-    slots, bounds = weights.slots, (work.offsets_S1, slot_S)
+    slots, bounds, itemsize = weights.slots, (work.offsets_S1, slot_S), work.x_TD.itemsize
     F, D = weights.up_SFD.shape[1:]
     h_MF = kernels.grouped_up(
         work.x_TD,
@@ -115,9 +115,9 @@ def _triton(work: Work, weights: SlotWeights, slot_S: torch.Tensor) -> None:
         weights.up_SFD,
         activation=weights.activation,
         gated=weights.gated,
-        tile=kernels.tile_of(work.tile_rows, slots, F),
+        tile=kernels.tile_of(work.tile_rows, slots, F, itemsize=itemsize),
     )
-    tile = kernels.tile_of(work.tile_rows, slots, D)
+    tile = kernels.tile_of(work.tile_rows, slots, D, itemsize=itemsize)
     kernels.grouped_down(h_MF, work.token_M, work.scale_T, *bounds, weights.down_SDF, work.out_TD, tile=tile)
 
 

@@ -39,7 +39,7 @@ def run_on_partitions(job: Job) -> list[Result]:
     phase = Phase[job.phase.upper()]
     trace = Trace.open(Path(job.trace))
     model = _model(job, trace.spec, device)
-    spec = _with_widths(trace.spec, spec_of(model)) if job.routing == "replay" else trace.spec
+    spec = with_widths(trace.spec, spec_of(model)) if job.routing == "replay" else trace.spec
     scenario = make_scenario(
         spec,
         trace.table(STACK_OF_PHASE[phase]),
@@ -71,14 +71,14 @@ def calibrate_on_partitions(job: Job) -> None:
     if job.model:
         model = load_model(Path(job.model), job.dtype)
     else:
-        model = _random(job.random, job.dtype, device) if job.random else random_model(job.dtype)
+        model = random_weights(job.random, job.dtype, device) if job.random else random_model(job.dtype)
     executor = calibration_executor(device, model, job.partitions, job.extra_slots)
     try:
         profile, _ = calibrate_partitions(
             executor,
             dtype=job.dtype,
             batch=job.workload.batch,
-            policies=[name for name, parts in POLICIES.items() if not parts.simulated_only],
+            policies=list(job.policies) or [name for name, parts in POLICIES.items() if not parts.simulated_only],
             source=job.random or model_name(job.model) or "a random Switch model",
             say=lambda share, what: job.say(0, share, what),
         )
@@ -130,11 +130,16 @@ def _model(job: Job, spec: ModelSpec, device: torch.device) -> Any:
     stack = STACK_OF_PHASE[Phase[job.phase.upper()]]
     if stack != "encoder":
         raise InputError("--random runs the encoder phase: a random encoder's text means nothing to a decoder")
-    return _random(job.random, job.dtype, device, spec, stack)
+    return random_weights(job.random, job.dtype, device, spec, stack)
 
 
-def _random(name: str, dtype: str, device: torch.device, spec: ModelSpec | None = None, stack: str = "encoder") -> Any:
-    """The named model with random weights, as deep as `spec` says: a replayed trace decides how many layers route."""
+def random_weights(
+    name: str, dtype: str, device: torch.device, spec: ModelSpec | None = None, stack: str = "encoder"
+) -> Any:
+    """The named model with random weights, as deep as `spec` says: a replayed trace decides how many layers route.
+
+    Raises InputError for an unknown name, and where the trace has another number of experts.
+    """
     from moesim.backend.random_model import random_switch, switch_config
 
     config = switch_config(name, stacks=(stack,))
@@ -142,13 +147,17 @@ def _random(name: str, dtype: str, device: torch.device, spec: ModelSpec | None 
         layers = spec.stack(stack)
         if spec.num_experts != config.num_experts:
             raise InputError(f"the trace has {spec.num_experts} experts, {name} has {config.num_experts}")
-        config.num_layers = layers.num_layers
-        config.num_sparse_encoder_layers = len(layers.moe_layers)
-        config.encoder_sparse_step = layers.num_layers // len(layers.moe_layers)
+        depth, sparse = layers.num_layers, len(layers.moe_layers)
+        if stack == "encoder":
+            config.num_layers, config.num_sparse_encoder_layers = depth, sparse
+            config.encoder_sparse_step = depth // sparse
+        else:
+            config.num_decoder_layers, config.num_sparse_decoder_layers = depth, sparse
+            config.decoder_sparse_step = depth // sparse
     return random_switch(config, getattr(torch, dtype), device)
 
 
-def _with_widths(spec: ModelSpec, model: ModelSpec) -> ModelSpec:
+def with_widths(spec: ModelSpec, model: ModelSpec) -> ModelSpec:
     """The trace's spec with the model's widths where it has none. Raises InputError where it has others."""
     if spec.widths is None:
         return replace(spec, widths=model.widths, vocab_size=model.vocab_size)

@@ -299,8 +299,9 @@ class PartitionExecutor:
         so the allocator gives none of it away while they read; what they allocate themselves stays with their stream.
         """
         main = self.queues.main
+        launches = sum(len(work.token_M) > 0 for work in work_G) + (0 if beside is None else len(self.queues.copy))
         began = time.perf_counter()
-        main.run(self._gate.hold)
+        main.run(partial(self._gate.hold, launches))
         at["ready"] = main.record()
         if beside is not None:
             beside(at["ready"])
@@ -314,7 +315,7 @@ class PartitionExecutor:
             begin = queue.record()
             queue.run(partial(experts.compute, work, self.slots[gpu].layer(layer), self._slot_S, self.kernel))
             spans_G.append((begin, queue.record()))
-        self._gate.launched(time.perf_counter() - began)
+        self._gate.launched(launches, time.perf_counter() - began)
         for span in spans_G:
             if span is not None:
                 main.after(span[1])

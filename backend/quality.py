@@ -9,7 +9,6 @@ L MoE layers.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import platform
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moesim.backend.hub import model_digest
 from moesim.backend.offload import Offload
 from moesim.backend.predicted import mean_weights
 from moesim.backend.session import device_name
@@ -31,7 +31,7 @@ from moesim.sim.policies import Policy, make_policy, recipe, recipe_digest
 from moesim.sim.quality import Quality
 from moesim.sim.residency import Cluster
 from moesim.traces import InputError, Phase, StepTokens, TokenTable, split_requests, vocabulary_ids
-from moesim.traces.store import Trace, files_digest
+from moesim.traces.store import Trace
 
 STACKS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 HOST_TOKENS = 4
@@ -285,15 +285,6 @@ def compared(
         shares=shares,
         config={**config, **({"gate": settings.gate} if recipe(name).routing == "predicted" else {})},
     )
-
-
-def model_digest(folder: Path) -> str:
-    """As a recording of the model has it."""
-    found = {}
-    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        with file.open("rb") as content:
-            found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return files_digest(found)
 
 
 def _config(trace: Trace, settings: Settings, inputs: list[Inputs], tokens: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from moesim.backend.capture import WARM_UPS
+from moesim.backend.capture import WARM_UPS, recover
 
 T = TypeVar("T")
 Cut = Callable[[int, T], torch.Tensor]
@@ -44,7 +44,12 @@ class Segments(Generic[T]):
         self._last: Any = None
         if graph and like.device.type == "cuda":
             with torch.cuda.device(like.device), torch.inference_mode():
-                self._capture()
+                pool: Any = torch.cuda.graph_pool_handle()
+                try:
+                    self._capture(pool)
+                except RuntimeError:
+                    recover(pool)
+                    raise
 
     @torch.inference_mode()
     def __call__(self, between: Cut[T]) -> None:
@@ -65,7 +70,7 @@ class Segments(Generic[T]):
                 graph.reset()
             self._segments, self._last = [], None
 
-    def _capture(self) -> None:
+    def _capture(self, pool: Any) -> None:
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call] # as in clock.py
         side.wait_stream(here)
         with torch.cuda.stream(side):
@@ -81,14 +86,14 @@ class Segments(Generic[T]):
                 return outs[-1]
 
             self._run(make)
-            pool: Any = torch.cuda.graph_pool_handle()
             graph: Any = None
 
             def begin() -> None:
                 nonlocal graph
                 graph = torch.cuda.CUDAGraph()
-                # Others' threads may use the device meanwhile.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                with torch.inference_mode(False):  # torch keeps what this makes for all captures, whatever their mode
+                    # Others' threads may use the device meanwhile.
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
 
             def cut(number: int, known: T) -> torch.Tensor:
                 graph.capture_end()

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from mmap import PAGESIZE
 from typing import Any, Protocol
 
 import torch
@@ -42,8 +43,7 @@ class HostExperts:
         self._pinned = pinned
         self._rows: dict[str, list[torch.Tensor]] = {FULL: []}
         for row_E in weights_LE:
-            layer_EP = torch.empty((len(row_E), shape.params), dtype=shape.dtype)
-            self._pin(layer_EP)
+            layer_EP = self._memory(len(row_E), shape.params, shape.dtype)
             for expert in range(len(row_E)):
                 layer_EP[expert].copy_(row_E[expert])
                 row_E[expert] = layer_EP[expert]
@@ -68,26 +68,43 @@ class HostExperts:
 
     def _packed(self, layer_EP: torch.Tensor, precision: str) -> torch.Tensor:
         """A layer in fewer bits, packed on the GPU where there is one: a host takes minutes for a large model."""
-        packed_EC = torch.empty((len(layer_EP), packed_bytes(self.shape.params, precision)), dtype=torch.uint8)
-        self._pin(packed_EC)
+        packed_EC = self._memory(len(layer_EP), packed_bytes(self.shape.params, precision), torch.uint8)
         device = "cuda" if self._pinned else "cpu"
         for expert, row_P in enumerate(layer_EP):
             packed_EC[expert].copy_(quantise(row_P[None].to(device), precision)[0])
         return packed_EC
 
-    def _pin(self, memory: torch.Tensor) -> None:
-        """In place: torch's own pinned memory is rounded up to a power of two and never given back."""
-        if not self._pinned or memory.numel() == 0:
-            return
+    def _memory(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, width] of host memory, pinned where a GPU reads it: whole pages in place or, where the driver refuses
+        that, torch's own, which is rounded up to a power of two and never given back."""
+        nbytes = rows * width * dtype.itemsize
+        if not self._pinned or nbytes == 0:
+            return torch.empty((rows, width), dtype=dtype)
+        pages = -(-nbytes // PAGESIZE) * PAGESIZE
+        room = torch.empty(pages + PAGESIZE, dtype=torch.uint8)
+        begin = -room.data_ptr() % PAGESIZE
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call] # as in clock.py
-        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        if code:
+        if int(runtime.cudaHostRegister(room.data_ptr() + begin, pages, 0)) == 0:
+            # Before this object's memory can go; a process that ends gives everything back by itself.
+            weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr() + begin).atexit = False
+            return room[begin : begin + nbytes].view(dtype).view(rows, width)
+        _forget_last_error()
+        try:
+            return torch.empty((rows, width), dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
             raise MoesimError(
-                f"{memory.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {code}): free memory, "
+                f"{nbytes / 2**30:.1f} GiB of host memory cannot be pinned ({said}): free memory, "
                 "raise the limit of locked memory (ulimit -l), or offload fewer experts"
-            )
-        # Before this object's memory can go; a process that ends gives everything back by itself.
-        weakref.finalize(self, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+            ) from None
+
+
+def _forget_last_error() -> None:
+    """What the runtime refused stays its last error, which torch would raise at whatever kernel it launches next."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError:
+        return
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -49,7 +49,8 @@ class Uploads:
         if not self._on_gpu:
             return np.asarray(numbers_X.numpy())
         if len(self._told) < len(numbers_X):
-            self._told = torch.empty(len(numbers_X), dtype=torch.int32, pin_memory=True)
+            with torch.inference_mode(False):  # it is written again, whatever the mode then
+                self._told = torch.empty(len(numbers_X), dtype=torch.int32, pin_memory=True)
         pinned = self._told[: len(numbers_X)]
         pinned.copy_(numbers_X, non_blocking=True)
         self.wait(meanwhile)

@@ -78,7 +78,7 @@ class Choices:
         """[B, S] each: the chosen expert, also over capacity; whether it is over; its probability."""
         if x_BSD.shape[1] <= self._routers[number].expert_capacity:
             ids_BS, prob_BS = self._light[number](x_BSD)
-            return ids_BS, torch.zeros_like(ids_BS, dtype=torch.bool), prob_BS
+            return ids_BS.long(), torch.zeros_like(ids_BS, dtype=torch.bool), prob_BS
         mask_BSE, prob_BS1, logits_BSE = self._routers[number](x_BSD)
         ids_BS = torch.softmax(logits_BSE, dim=-1).to(x_BSD.dtype).argmax(dim=-1)
         return ids_BS, mask_BSE.sum(dim=-1) == 0, prob_BS1[..., 0]

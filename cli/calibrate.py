@@ -12,21 +12,27 @@ from moesim.backend.job import DTYPES, Job, check_options
 from moesim.backend.launch import check_device, launch
 from moesim.backend.offload_options import PHASES, Offloading
 from moesim.cli import run_offload
-from moesim.cli.options import MODEL
-from moesim.cli.run_gpu import progress_bar
+from moesim.cli.options import MODEL, OutFile
+from moesim.cli.run_gpu import RUNNABLE, policy_names, progress_bar
 from moesim.cli.run_partitions import Partitions, calibrate_partitions, calibration_options
+from moesim.sim.policies import default_baseline
 from moesim.sim.profile import HardwareProfile, load_profile
 from moesim.traces import InputError, Workload
 
 
 @click.command()
 @click.argument("model", required=False, type=MODEL)
+@click.option(
+    "--policy",
+    help="Comma-separated, whose decisions are timed.  [default: all that run-gpu runs; with --resident: "
+    f"{', '.join(run_offload.CALIBRATED)}]",
+)
 @click.option("--ranks", type=int, help="Processes, one a GPU or core, all at work at once.  [default: 2]")
 @calibration_options
 @run_offload.offload_options
 @click.option("--phase", type=click.Choice(PHASES), default=PHASES[0], show_default=True, help="With --resident.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Profile to write, JSON.")
+@click.option("--out", required=True, type=OutFile(), help="Profile to write, JSON.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option(
     "--batch-tokens",
@@ -38,6 +44,7 @@ from moesim.traces import InputError, Workload
 @click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
 def calibrate(
     model: Path | None,
+    policy: str | None,
     ranks: int | None,
     parts: Partitions,
     offloading: Offloading | None,
@@ -51,10 +58,13 @@ def calibrate(
     """Measure experts, attention, links and decisions on this machine, with the shapes of MODEL, and write a profile.
 
     Uses random tokens, never a trace. Without MODEL a small random one is measured: rates then hold for its shapes.
+    A profile of --partitions is for run-gpu --partitions with as many, one of --resident for run-gpu --resident with
+    the same slots, phase and --batch-tokens.
 
     \b
     moesim calibrate models/switch-mini --ranks 2 --out here.json
     moesim simulate mini.moetrace --policy all --profile here.json --gpus 2
+    moesim calibrate models/switch-mini --partitions 2 --policy eplb,predictive-batch --out parts.json
     moesim calibrate models/switch-mini --resident 25% --phase encoder --batch-tokens 1024 --out offload.json
     """
     size = parts.as_ranks(ranks) or (1 if offloading else 2 if ranks is None else ranks)
@@ -71,12 +81,14 @@ def calibrate(
             partitions=parts.count,
             random=parts.random,
             phase=phase,
-            policies=run_offload.CALIBRATED if offloading else (),
+            policies=_policies(policy, offload=offloading is not None),
         )
         if offloading:
             run_offload.check(job, ranks)
         else:
-            check_options(replace(job, phase="encoder"))
+            if phase != PHASES[0]:
+                raise InputError(f"--phase {phase} goes with --resident: ranks and partitions run whole batches")
+            check_options(job)
         job = replace(job, device=check_device(device, size))
         if offloading:
             run_offload.calibrate(job, offloading, report).save(job.result_file)
@@ -90,6 +102,13 @@ def calibrate(
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
     click.echo(summary(profile, out))
+
+
+def _policies(policy: str | None, *, offload: bool) -> tuple[str, ...]:
+    """Those to time; none means all that run on ranks and partitions."""
+    if policy is None or policy.strip() == "all":
+        return run_offload.CALIBRATED if offload else ()
+    return policy_names(policy, default_baseline(1 if offload else None), run_offload.RUNNABLE if offload else RUNNABLE)
 
 
 def summary(profile: HardwareProfile, out: Path) -> str:

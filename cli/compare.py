@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from moesim.cli.options import OutFile
 from moesim.cli.report import window
 from moesim.sim.comparison import Comparison, Row
 from moesim.sim.comparison import compare as compare_results
@@ -21,19 +22,19 @@ from moesim.traces import InputError
 @click.command()
 @click.argument("simulated", type=click.Path(path_type=Path))
 @click.argument("measured", type=click.Path(path_type=Path))
-@click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
+@click.option("--baseline", help="What speedups refer to.  [default: contiguous; where a side lacks it: on-demand]")
 @click.option("--quality", type=click.Path(path_type=Path), help="A file of moesim quality, for lossy policies.")
 @click.option(
     "--timeline",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutFile(),
     help="Write simulated and measured runs for Perfetto, side by side; needs both made with --timeline.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the comparison as JSON to this file.")
+@click.option("--out", type=OutFile(), help="Also write the comparison as JSON to this file.")
 def compare(
     simulated: Path,
     measured: Path,
-    baseline: str,
+    baseline: str | None,
     quality: Path | None,
     timeline: Path | None,
     as_json: bool,
@@ -54,13 +55,13 @@ def compare(
     unknown = [result for result in results if is_lossy(result) and quality_of(result, qualities) is None]
     if message := how_to_measure(unknown, qualities):
         click.echo(f"left out: {', '.join(result.policy for result in unknown)}. {message}", err=True)
-    comparison = compare_results([result for result in results if result not in unknown], real, baseline)
+    results = [result for result in results if result not in unknown]
+    comparison = compare_results(results, real, baseline or _baseline(results, real))
     if timeline:
         _draw(comparison, results, real, timeline)
     text = json.dumps(comparison.to_dict(), indent=1)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        _write(out, text + "\n")
     if as_json:
         click.echo(text)
     else:
@@ -68,6 +69,12 @@ def compare(
         for result in results:
             if is_lossy(result) and (found := quality_of(result, qualities)):
                 click.echo(f"{result.policy}: {found.text()}")
+
+
+def _baseline(simulated: list[Result], measured: list[Result]) -> str:
+    """What both sides have of the two that runs refer to by themselves."""
+    both = {result.policy for result in simulated} & {result.policy for result in measured}
+    return "on-demand" if "on-demand" in both and "contiguous" not in both else "contiguous"
 
 
 def _draw(comparison: Comparison, simulated: list[Result], measured: list[Result], path: Path) -> None:
@@ -80,9 +87,13 @@ def _draw(comparison: Comparison, simulated: list[Result], measured: list[Result
                 command = "simulate" if kind == "simulated" else "run-gpu"
                 raise InputError(f"the {kind} {row.policy} has no timeline: run {command} with --timeline, too")
             processes[f"{row.policy}: {kind}"] = spans
+    _write(path, json.dumps(span_timeline(processes)))
+
+
+def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(span_timeline(processes)), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 

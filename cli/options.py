@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -27,6 +28,24 @@ class ModelArgument(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The folder. Raises InputError where there is none."""
         return super().convert(model_folder(str(value)), param, ctx)
+
+
+class OutFile(click.Path):
+    """A file to write whose folder is made, so that nothing is lost at the end of a long run."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path. Raises InputError where nothing can be written there."""
+        path = Path(str(super().convert(value, param, ctx)))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InputError(f"{path}: cannot be written (Permission denied)")
+        return path
 
 
 MODEL = ModelArgument(path_type=Path)

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moesim.backend.job import DTYPES, model_config
+from moesim.backend.offload_options import slots_of
 from moesim.cli.options import MODEL
 from moesim.sim.execution import COPY_BYTES
 from moesim.sim.policies import POLICIES, check_slots, recipe
@@ -37,7 +38,10 @@ LOSSY = [name for name, parts in POLICIES.items() if parts.lossy]
     type=click.Path(path_type=Path),
     help=f"Text to record ({RECORD_TOKENS:,} tokens at most) where there is no --trace.  [default: MODEL/samples]",
 )
-@click.option("--resident", type=click.IntRange(min=1), help="Slots a layer, host memory has the rest.  [default: all]")
+@click.option(
+    "--resident", metavar="SLOTS",
+    help="Slots a layer, a number or a share such as 25%; host memory has the rest.  [default: all]",
+)  # fmt: skip
 @click.option(
     "--phase",
     type=click.Choice(["prefill", "decode"]),
@@ -68,7 +72,7 @@ def quality(
     policy: str,
     trace: Path | None,
     text: tuple[Path, ...],
-    resident: int | None,
+    resident: str | None,
     phase: str,
     batch_requests: int,
     max_requests: int | None,
@@ -81,8 +85,8 @@ def quality(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Measure loss, agreement and output error of policies on the Switch model MODEL (folder or hub id), against the same model
-    without them.
+    """Measure loss, agreement and output error of policies on the Switch model MODEL (folder or hub id), against the
+    same model without them.
 
     Policies are fitted on one half of the requests and run on the other, with real weights, copies and slots, on one
     device. The decoder continues what the encoder has read; the loss is that of the next token. Exact policies may be
@@ -93,14 +97,15 @@ def quality(
     moesim quality models/switch-mini --policy on-demand --copy-dtype int4 --resident 8 --phase decode
     moesim simulate mini.moetrace --policy hobbit --profile 1xRTX4090-PCIe --resident 8 --quality quality.json
     """
-    names = _policies(policy, resident)
-    model_config(model)
+    experts = int(model_config(model).get("num_experts", 0))
+    slots = None if resident is None else slots_of(resident, experts)
+    names = _policies(policy, slots)
     from moesim.backend.quality import Settings
     from moesim.traces.record import pick_device
 
     settings = Settings(
         policies=names,
-        resident=resident,
+        resident=slots,
         phase=phase,
         batch=batch_requests,
         max_requests=max_requests,

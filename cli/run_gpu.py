@@ -12,20 +12,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import Progress
 
+from moesim.backend.hub import model_digest
 from moesim.backend.job import DTYPES, Job, check_options, model_config
 from moesim.backend.launch import Progress as Report
 from moesim.backend.launch import check_device, launch, under_torchrun
 from moesim.backend.offload_options import Offloading
 from moesim.cli import run_offload
-from moesim.cli.options import MODEL, workload_options
+from moesim.cli.options import MODEL, OutFile, workload_options
 from moesim.cli.report import print_results, results_json
 from moesim.cli.run_partitions import Partitions, partition_options, run_partitions
 from moesim.cli.run_partitions import footnote as partition_footnote
-from moesim.sim.policies import POLICIES, recipe
+from moesim.sim.policies import POLICIES, default_baseline, recipe
+from moesim.sim.quality import load_qualities
 from moesim.sim.results import Result, load_results, save_results
 from moesim.sim.scenario import STACK_OF_PHASE
 from moesim.sim.timeline import span_timeline
@@ -36,13 +37,17 @@ DEFAULT_RANKS = 2
 RECORD_TOKENS = 60_000
 """Most tokens that are recorded where there is no trace."""
 
-file_option = click.Path(path_type=Path, dir_okay=False)
+file_option = OutFile()
 
 
 @click.command("run-gpu")
 @click.argument("model", required=False, type=MODEL)
-@click.option("--policy", required=True, help=f"Comma-separated, or all: {', '.join(RUNNABLE)}.")
-@click.option("--baseline", default="contiguous", show_default=True, help="Policy that every speedup refers to.")
+@click.option(
+    "--policy",
+    required=True,
+    help=f"Comma-separated, or all: {', '.join(RUNNABLE)}. With --resident: {', '.join(run_offload.RUNNABLE)}.",
+)
+@click.option("--baseline", help="What speedups refer to.  [default: contiguous; with --resident: on-demand]")
 @click.option("--ranks", type=int, help="Processes, one a GPU or core.  [default: 2; under torchrun its own number]")
 @partition_options
 @run_offload.offload_options
@@ -57,13 +62,18 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @workload_options
 @click.option(
     "--phase", type=click.Choice([p.name.lower() for p in Phase]), default="encoder", show_default=True,
-    help="decode: with --resident only.",
+    help="decode: with --resident only; prefill: without it.",
 )  # fmt: skip
 @click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Run only the first steps.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Counted passes over all steps per policy.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Passes before them that are not counted.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--quality",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file of moesim quality: lossy policies get speedups beside it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
 @click.option("--out", type=file_option, help="Write the results here, for moesim compare.")
 @click.option("--decision-log", type=file_option, help="Write the policies' decisions, as JSON lines.")
@@ -71,7 +81,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 def run_gpu(
     model: Path | None,
     policy: str,
-    baseline: str,
+    baseline: str | None,
     ranks: int | None,
     parts: Partitions,
     offloading: Offloading | None,
@@ -85,6 +95,7 @@ def run_gpu(
     repeats: int,
     warmup: int,
     dtype: str,
+    quality: Path | None,
     as_json: bool,
     out: Path | None,
     decision_log: Path | None,
@@ -103,12 +114,13 @@ def run_gpu(
     moesim run-gpu models/switch-mini --trace mini.moetrace --policy all --ranks 4 --device cuda --out measured.json
     moesim run-gpu models/switch-mini --policy predictive-batch --partitions 2
     moesim run-gpu models/switch-mini --policy lfu,prefetch-ridge,contiguous --resident 25%
+    moesim run-gpu models/switch-mini --trace mini.moetrace --policy lfu --resident 8 --phase decode --batch-tokens 4
+    moesim run-gpu --random switch-base-8 --trace routing.moetrace --routing replay --policy eplb --partitions 4
     torchrun --nproc-per-node 2 --no-python moesim run-gpu models/switch-mini --trace mini.moetrace --policy eplb
     """
     size = parts.as_ranks(ranks) or (1 if offloading else _ranks(ranks))
-    chosen = click.get_current_context().get_parameter_source("baseline")
-    if offloading and chosen is ParameterSource.DEFAULT:
-        baseline = run_offload.BASELINE
+    baseline = baseline or default_baseline(1 if offloading else None)
+    qualities = load_qualities(quality) if quality else []
     with tempfile.TemporaryDirectory(prefix="moesim-run-") as folder:
         job = Job(
             kind="run",
@@ -119,7 +131,7 @@ def run_gpu(
             dtype=dtype,
             trace=str(trace or ""),
             phase=phase,
-            policies=_policies(policy, baseline),
+            policies=policy_names(policy, baseline, run_offload.RUNNABLE if offloading else RUNNABLE),
             workload=workload,
             extra_slots=extra_slots,
             max_steps=max_steps,
@@ -141,9 +153,9 @@ def run_gpu(
         _keep(job, results, out, decision_log)
         write_timeline(results, timeline)
     if as_json:
-        click.echo(json.dumps(results_json(results, baseline), indent=1))
+        click.echo(json.dumps(results_json(results, baseline, qualities), indent=1))
     else:
-        print_results(results, baseline)
+        print_results(results, baseline, qualities=qualities)
         click.echo(_footnote(results[0]))
 
 
@@ -228,10 +240,11 @@ def _ranks(asked: int | None) -> int:
     return world
 
 
-def _policies(policy: str, baseline: str) -> tuple[str, ...]:
-    asked = RUNNABLE if policy.strip() == "all" else [name.strip() for name in policy.split(",") if name.strip()]
+def policy_names(policy: str, baseline: str, runnable: list[str]) -> tuple[str, ...]:
+    """The baseline and those asked for, each once. Raises InputError where there are none or one is unknown."""
+    asked = runnable if policy.strip() == "all" else [name.strip() for name in policy.split(",") if name.strip()]
     if not asked:
-        raise InputError(f"--policy names no policy; known: {', '.join(RUNNABLE)}")
+        raise InputError(f"--policy names no policy; known: {', '.join(runnable)}")
     for name in (baseline, *asked):
         recipe(name)
     return tuple(dict.fromkeys([baseline, *asked]))
@@ -241,7 +254,8 @@ def _check_trace(job: Job) -> None:
     """Raise InputError before any rank starts where there is no trace or it was recorded with another model."""
     from moesim.traces.store import Trace
 
-    spec = Trace.open(Path(job.trace)).spec
+    trace = Trace.open(Path(job.trace))
+    spec = trace.spec
     if job.routing == "replay":
         return  # any model with as many experts and layers will do, which is checked when it is there
     config = model_config(Path(job.model))
@@ -253,6 +267,8 @@ def _check_trace(job: Job) -> None:
                 f"{job.trace} was recorded with another model: its {name} is {of_trace[name]}, that of {job.model} is "
                 f"{config.get(name)}; record this model"
             )
+    if trace.model_digest not in ("", model_digest(Path(job.model))):
+        raise InputError(f"{job.trace} was recorded with other weights than those in {job.model}; record this model")
 
 
 def _keep(job: Job, results: list[Result], out: Path | None, decision_log: Path | None) -> None:

@@ -13,14 +13,18 @@ from moesim.backend.launch import Progress, under_torchrun
 from moesim.backend.offload_options import PHASES, Offloading
 from moesim.cli.options import option_group
 from moesim.sim.execution import COPY_BYTES
-from moesim.sim.policies import recipe
+from moesim.sim.policies import check_slots, offloading, recipe
 from moesim.sim.profile import HardwareProfile
 from moesim.sim.results import Result
-from moesim.traces import InputError
+from moesim.sim.scenario import STACK_OF_PHASE
+from moesim.traces import InputError, Phase
 
-BASELINE = "on-demand"
+RESIDENT = "contiguous"
+"""Has every expert on the device, however many slots the others have."""
+RUNNABLE = [name for name in offloading() if recipe(name).routing != "predicted"]
 CALIBRATED = ("on-demand", "lfu", "belady", "prefetch-layer", "prefetch-ridge", "oracle-prefetch")
-"""Policies whose decisions a calibration times; of others the simulator says that they decide in no time."""
+"""Policies whose decisions a calibration times where none are named; of others the simulator says that they decide in
+no time."""
 
 
 def _asked(resident: str | None, copy_dtype: str | None) -> Offloading | None:
@@ -56,12 +60,14 @@ def check(job: Job, ranks: int | None) -> None:
         )
     if job.phase not in PHASES:
         raise InputError(f"--resident runs the phases {', '.join(PHASES)}, not {job.phase}")
-    if job.random and job.model:
-        raise InputError(f"give a MODEL or --random {job.random}, not both")
-    if job.model:
-        model_config(Path(job.model))
+    _check_model(job)
     if job.repeats < 1 or job.warmup < 0:
         raise InputError("--repeats must be at least 1 and --warmup at least 0")
+    for name in job.policies:
+        if recipe(name).routing == "predicted":
+            raise InputError(f"policy {name} executes forecasts: measure its quality with moesim quality")
+        if name != RESIDENT:
+            check_slots(name, 1)
     if job.kind != "run":
         return
     if not job.model and not job.random:
@@ -70,9 +76,15 @@ def check(job: Job, ranks: int | None) -> None:
         raise InputError("a random router says nothing: --random goes with --routing replay and a --trace")
     if job.routing == "replay" and not job.trace:
         raise InputError("--routing replay needs the recorded routing: give --trace")
-    for name in job.policies:
-        if recipe(name).routing == "predicted":
-            raise InputError(f"policy {name} executes forecasts: measure its quality with moesim quality")
+
+
+def _check_model(job: Job) -> None:
+    if job.random and job.model:
+        raise InputError(f"give a MODEL or --random {job.random}, not both")
+    if job.model:
+        config, stack = model_config(Path(job.model)), STACK_OF_PHASE[Phase[job.phase.upper()]]
+        if not int(config.get(f"num_sparse_{stack}_layers", 0)):
+            raise InputError(f"{job.model}: the model has no MoE layers in its {stack}")
 
 
 def run(job: Job, asked: Offloading, report: Progress) -> list[Result]:

@@ -46,14 +46,17 @@ _COUNT = click.option(
     help="Split one device into so many: groups of its multiprocessors (CPU: threads), in place of ranks.",
 )
 _RANDOM = click.option(
-    "--random", default="", metavar="NAME", help="Random weights of a published model, say switch-base-128."
+    "--random",
+    default="",
+    metavar="NAME",
+    help="Random weights of a published model, say switch-base-128; with --partitions or --resident.",
 )
 _ROUTING = click.option(
     "--routing",
     type=click.Choice(["model", "replay"]),
     default="model",
     show_default=True,
-    help="The model's own router, or what was recorded, forced on every layer; with --partitions.",
+    help="The model's own router, or what was recorded, forced on every layer; with --partitions or --resident.",
 )
 partition_options = option_group("parts", [_COUNT, _RANDOM, _ROUTING], _run)
 """`parts: Partitions`."""

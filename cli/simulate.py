@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from moesim.backend.offload_options import slots_of
 from moesim.cli.options import execution_options, fault_option, serving_options, workload_options
 from moesim.cli.picture import load_over_time
 from moesim.cli.report import print_results, results_json
@@ -53,7 +54,10 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @workload_options
 @click.option("--phase", type=click.Choice([p.name.lower() for p in Phase]), help="[default: encoder, else prefill]")
 @click.option("--extra-slots", type=int, default=1, show_default=True, help="Replica slots per GPU and layer.")
-@click.option("--resident", type=int, help="Slots per GPU and layer where host memory has the rest.  [default: all]")
+@click.option(
+    "--resident", metavar="SLOTS",
+    help="Slots per GPU and layer where host memory has the rest, a number or a share such as 25%.  [default: all]",
+)  # fmt: skip
 @click.option("--max-steps", type=click.IntRange(min=1), help="Run only the first steps.")
 @click.option(
     "--shapes",
@@ -80,7 +84,7 @@ def simulate(
     workload: Workload,
     phase: str | None,
     extra_slots: int,
-    resident: int | None,
+    resident: str | None,
     max_steps: int | None,
     shapes: str | None,
     execution: Execution,
@@ -107,7 +111,7 @@ def simulate(
     moesim simulate mini.moetrace --policy fate --profile 1xRTX4090-PCIe --resident 8 --quality quality.json
     moesim simulate mini.moetrace --policy all --profile here.json --gpus 2 --out simulated.json
     """
-    baseline = baseline or default_baseline(resident)
+    baseline = baseline or default_baseline(None if resident is None else 1)
     qualities = load_qualities(quality) if quality else []
     names = policy_names(policy, baseline, offload=resident is not None)
     hardware = load_profile(profile)
@@ -116,6 +120,7 @@ def simulate(
     opened = _open(trace)
     spec = opened.spec.with_widths(shapes) if shapes else opened.spec
     spec.sized()
+    slots = None if resident is None else slots_of(resident, spec.num_experts)
     which = Phase[phase.upper()] if phase else default_phase(spec)
     rows, gates = opened.rows(STACK_OF_PHASE[which]), opened.gates(STACK_OF_PHASE[which])
     if policy.strip() == "all":
@@ -130,7 +135,7 @@ def simulate(
         gpus=gpus,
         workload=workload,
         extra_slots=extra_slots,
-        resident=resident,
+        resident=slots,
         node_size=hardware.node_size,
         max_steps=max_steps,
         request_texts=opened.request_texts,

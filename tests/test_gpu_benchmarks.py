@@ -14,14 +14,19 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENVIRONMENT = """
+import os
 def environment(device):
+    os.environ["TOUCHED"] = device
     return {"device": device, "device_name": "stand-in"}
 """
 SECTIONS = {
     "layers": """
+import os
+first = "TOUCHED" not in os.environ
 def run(report, *, device, small, budget_s):
     report("numbers", {"device": device, "small": small})
     report("numbers", {"device": device, "small": small, "less": 0 < budget_s < 24, "bad": float("nan")})
+    report("imported before the device is used", {"first": first, "then": "TOUCHED" in os.environ})
     report("refused", {"error": "OutOfMemoryError: too much"})
 """,
     "models": """
@@ -95,6 +100,8 @@ def test_what_was_measured_before_is_kept_beside_its_environment(ran):
     }
     assert sections["quality"]["entries"] == {"before": {"loss": 2.5}}
     assert all(sections[name]["environment"]["device_name"] == "stand-in" for name in SECTIONS)
+    order = sections["layers"]["entries"]["imported before the device is used"]
+    assert order == {"first": True, "then": True}, "a section can still set what the driver reads only once"
 
 
 def test_a_section_that_hangs_leaves_no_process(ran):
@@ -108,7 +115,7 @@ def test_stdout_has_a_line_a_measurement_and_ends_with_a_table(ran):
     assert any(line.endswith("numbers: less=True bad=nan") for line in lines), "only what is new"
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("section ")) :]
     assert table[1].split()[:3] == ["partitions", "1", "0"]
-    assert table[2].split()[:3] == ["layers", "2", "1"]
+    assert table[2].split()[:3] == ["layers", "3", "1"]
     assert table[3] == "  ! refused: OutOfMemoryError: too much"
     assert len(ran[1]) < 10_000
 

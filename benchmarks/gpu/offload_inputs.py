@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from offload_trace import switch_like
+from offload_trace import VOCABULARY, switch_like
 
+from moesim.backend.random_model import switch_config
 from moesim.sim.policies import POLICIES, Policy, Recipe, make_policy
 from moesim.sim.policies.prefetching import PrefetchDeeper, PrefetchSequence
 from moesim.sim.residency import Cluster
@@ -44,6 +45,16 @@ RECIPES: dict[str, Recipe] = {
     "resident": POLICIES["contiguous"],
 }
 """By the name in the report. All compute what the router chose; oracle and belady are shown the future."""
+
+
+def config_of(stack: str, *, small: bool) -> Any:
+    """Switch-base-128 with experts in one stack; for a rehearsal everything is small."""
+    if not small:
+        return switch_config("switch-base-128", stacks=(stack,))
+    config = switch_config("switch-base-128", stacks=(stack,), experts=8, layers=4)
+    for name, value in {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "vocab_size": VOCABULARY}.items():
+        setattr(config, name, value)
+    return config
 
 
 def scenario_of(

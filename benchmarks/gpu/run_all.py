@@ -163,11 +163,12 @@ def run_section(args: argparse.Namespace) -> None:
         print(f"[{time.monotonic() - begin:6.1f} s] {told(name, before, now)}", flush=True)
 
     try:
+        # Before anything touches CUDA: a section may set what the driver reads only once, as partitions does.
+        module = importlib.import_module(args.section)
         from timing import environment
 
         check_device(args.device)
         kept["environment"] = environment(args.device)
-        module = importlib.import_module(args.section)
         left_s = args.limit_s - min(OVERRUN_S, args.limit_s / 10) - (time.monotonic() - begin)
         module.run(report, device=args.device, small=args.small, budget_s=left_s)
     except Exception as error:

@@ -26,8 +26,6 @@ from moesim.backend.grouped import Groups, SlotWeights, group_pairs
 
 BATCHES = (1, 16, 64, 1024, 4096, 32768)
 ZIPF = 0.6
-SHARED_BYTES = 227 * 1024
-"""Of a multiprocessor of an H100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +130,9 @@ def candidates(tokens: int, experts: int, columns: int) -> list[kernels.Tile]:
 
 def fits(tile: kernels.Tile) -> bool:
     """Within shared memory, a few hundred numbers a thread, and not so small that warps have nothing to do."""
-    stage = (tile.rows + tile.columns) * tile.depth * 2
+    needed = tile.shared_bytes(itemsize=2, matrices=1)
     numbers = tile.rows * tile.columns / (32 * tile.warps)
-    return stage * tile.stages <= SHARED_BYTES and 4 <= numbers <= 128 and stage >= 8192
+    return needed <= kernels.SHARED_BYTES and 4 <= numbers <= 128 and needed >= 8192 * tile.stages
 
 
 if __name__ == "__main__":

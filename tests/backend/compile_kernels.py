@@ -31,9 +31,10 @@ def main():
     for rows in ROWS:
         for function, columns, extra in (
             (triton_kernels.up, F, {"GATED": False, "ACTIVATION": "relu"}),
+            *([(triton_kernels.up, F, {"GATED": True, "ACTIVATION": "silu"})] if rows == ROWS[-1] else []),
             (triton_kernels.down, D, {"SCALED": True}),
         ):
-            tile = kernels.tile_of(rows, GROUPS, columns)
+            tile = kernels.tile_of(rows, GROUPS, columns, matrices=1 + extra.get("GATED", False))
             constants = {
                 "D": D,
                 "F": F,
@@ -45,6 +46,7 @@ def main():
                 **extra,
             }
             compiled = compile_one(function, constants, tile)
+            assert compiled.metadata.shared <= kernels.SHARED_BYTES, (rows, columns, tile, compiled.metadata.shared)
             kind = "wgmma" if "wgmma" in compiled.asm["ptx"] else "mma"
             print(rows, columns, tile, "shared bytes", compiled.metadata.shared, kind)
 

@@ -254,7 +254,7 @@ class Stream:
 class BadCapture:
     """A capture that ends with an error of its own after one in its body, as CUDA's does."""
 
-    def __init__(self, graph, pool):
+    def __init__(self, graph, pool=None):
         pass
 
     def __enter__(self):
@@ -272,7 +272,10 @@ def test_a_body_that_waits_for_the_device_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", BadCapture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    over = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *told: over.append(told))
     for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
 
@@ -283,7 +286,7 @@ def test_a_body_that_waits_for_the_device_is_named(monkeypatch):
 
     with pytest.raises(InputError, match=r"\(test_graphs.py:\d+: operation not permitted when stream is capturing\)"):
         GraphedCall(body, torch.device("cuda"))
-    assert now == [here]
+    assert now == [here] and over == [(0, 7)]
     calls.clear()
     calls.extend([0] * 100)
     GraphedCall(body, torch.device("cuda"))

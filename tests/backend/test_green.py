@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moesim.backend import green
+from moesim.backend.gate import MOST_S, Gate
 
 CUDA = torch.device("cuda", 0)
 EVERY = 0
@@ -180,3 +181,23 @@ def test_on_a_cpu_there_are_threads():
     groups = green.split(torch.device("cpu"), 4)
     assert groups.describe() == {"partitions": "cpu threads", "sms": [], "copy_sms": 0}
     groups.close()
+
+
+def test_a_gate_holds_as_long_as_as_many_launches_took_lately(monkeypatch):
+    held = []
+    monkeypatch.setattr(torch.cuda, "_sleep", held.append)
+    gate = Gate(torch.device("cpu"))
+    gate.hold(8)
+    assert held == [], "threads begin as they are given work"
+    gate.on, gate._ticks_per_s = True, 1e9
+    for _ in range(9):
+        gate.launched(8, 1e-3)
+        gate.launched(1, 1e-4)
+    gate.launched(8, 2.0)  # one that compiled
+    gate.hold(8)
+    gate.hold(1)
+    assert held == pytest.approx([1.3e6, 1.3e5], rel=1e-6), "each by launches of its own kind"
+    for _ in range(9):
+        gate.launched(8, 1.0)
+    gate.hold(8)
+    assert held[-1] == int(MOST_S * 1e9), "bounded, whatever happened"

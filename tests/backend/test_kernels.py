@@ -73,12 +73,13 @@ def test_rows_of_no_expert_are_never_written():
     assert not out[[0, 2, 4]].isnan().any()
 
 
-def test_every_tile_suits_the_tensor_cores():
+@pytest.mark.parametrize(("itemsize", "matrices"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+def test_every_tile_suits_the_tensor_cores(itemsize, matrices):
     for rows in (1, 8, 64, 300, 1024, 4096, 32768, 2**20):
         for columns in (768, 3072):
-            tile = kernels.tile_of(rows, 128, columns)
-            assert min(tile.rows, tile.columns, tile.depth) >= 16
-            stage = (tile.rows + tile.columns) * tile.depth * 2
+            tile = kernels.tile_of(rows, 128, columns, itemsize=itemsize, matrices=matrices)
+            assert min(tile.rows, tile.columns, tile.depth) >= 16 and tile.stages >= 2
+            stage = (tile.rows + matrices * tile.columns) * tile.depth * itemsize
             assert stage * tile.stages <= 227 * 1024, "more shared memory than a multiprocessor of an H100 has"
 
 

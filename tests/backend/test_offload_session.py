@@ -17,6 +17,7 @@ import cases
 import offload_cases as small
 
 from moesim.backend.offload_session import OffloadRun, results_of, run_interleaved
+from moesim.backend.routing import SwitchRouting
 from moesim.backend.switch import sparse_layers
 from moesim.sim.driver import DecisionLog
 from moesim.sim.engine import simulate
@@ -165,6 +166,24 @@ def test_fewer_bits_move_fewer_bytes_and_are_counted():
     full, packed = (sum(r.moved_bytes for r in told[dtype]) for dtype in (None, "int8"))
     assert packed / full == pytest.approx((1 + 2 / 128) / 4)
     assert sum(r.rounded_tokens for r in told["int8"]) > 0 == sum(r.rounded_tokens for r in told[None])
+
+
+def test_what_a_gpu_does_differently_changes_nothing(monkeypatch):
+    """torch's grouped product knows a group by its number, not its slot; the fused router says ids in a byte."""
+    model, scenario = roomy(), scenario_of(Phase.DECODE, batch=3, max_steps=12)
+    policies = [("on-demand", cases.EXPERTS - 1), ("on-demand", 1)]
+    wanted = [hidden_of(run_of(model, scenario), scenario, *policy)[0] for policy in policies]
+    said = SwitchRouting.__call__
+
+    def narrow(self, x_BSD):
+        ids_BS, prob_BS = said(self, x_BSD)
+        return ids_BS.to(torch.uint8), prob_BS
+
+    monkeypatch.setattr(SwitchRouting, "__call__", narrow)
+    run = run_of(model, scenario, kernel="grouped_mm")
+    for policy, states in zip(policies, wanted, strict=True):
+        for number, hidden in hidden_of(run, scenario, *policy)[0].items():
+            assert float((hidden - states[number]).abs().max()) <= TOLERANCE, (policy, number)
 
 
 def test_what_cannot_be_run_is_one_line():

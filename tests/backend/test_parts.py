@@ -1,5 +1,7 @@
 """The parts of the executor that need no other rank: shares, row orders, slots, phases, the median repeat."""
 
+from mmap import PAGESIZE
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from moesim.backend import slots
 from moesim.backend.experts import ExpertShape, ExpertSlots
 from moesim.backend.job import Job
 from moesim.backend.measure import ATTENTION, BLOCKED, DECIDE, EXPERTS, GATHER, Measured, phases
 from moesim.backend.parallel import route
 from moesim.backend.session import Pass, summarise
 from moesim.backend.shares import pad
+from moesim.backend.slots import FULL, HostExperts
 from moesim.sim.dispatch import exact_split, send_matrix
 from moesim.sim.results import StepRecord
 from moesim.sim.timeline import Span
-from moesim.traces import InputError
+from moesim.traces import InputError, MoesimError
 
 
 def test_padding_is_on_the_right_and_requests_keep_their_order():
@@ -134,3 +138,50 @@ def test_the_note_for_the_ranks_survives_the_file(tmp_path):
     job = Job(kind="run", folder=str(tmp_path), model="m", ranks=2, device="cpu", policies=("a", "b"), max_steps=3)
     job.write()
     assert Job.read(tmp_path) == job
+
+
+class Runtime:
+    """As much of CUDA's runtime as pins memory."""
+
+    def __init__(self, code):
+        self.code, self.ranges, self.given_back = code, [], []
+
+    def cudaHostRegister(self, address, nbytes, _flags):  # CUDA's name
+        self.ranges.append((address, nbytes))
+        return self.code
+
+    def cudaHostUnregister(self, address):  # CUDA's name
+        self.given_back.append(address)
+
+
+def test_pinned_memory_is_whole_pages_of_its_own_until_it_goes(monkeypatch):
+    runtime = Runtime(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    shape = ExpertShape(d_model=3, d_ff=5, dtype=torch.float32)
+    rows_LE = [[torch.full((30,), 10.0 * layer + e) for e in range(2)] for layer in range(4)]
+    wanted = [[row.clone() for row in row_E] for row_E in rows_LE]
+    host = HostExperts(rows_LE, shape, pinned=True)
+    pages = [range(address // PAGESIZE, (address + nbytes) // PAGESIZE) for address, nbytes in runtime.ranges]
+    assert all(address % PAGESIZE == nbytes % PAGESIZE == 0 for address, nbytes in runtime.ranges)
+    assert len({page for some in pages for page in some}) == sum(map(len, pages)) == 4
+    for (address, nbytes), layer_EP, row_E in zip(runtime.ranges, host.rows(FULL), wanted, strict=True):
+        assert torch.equal(layer_EP, torch.stack(row_E))
+        assert address <= layer_EP.data_ptr() and layer_EP.data_ptr() + layer_EP.nbytes <= address + nbytes
+    del host
+    assert sorted(runtime.given_back) == sorted(address for address, _ in runtime.ranges)
+
+
+def test_memory_that_cannot_be_pinned_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(801))
+    monkeypatch.setattr(slots, "_forget_last_error", lambda: None)
+    told = torch.empty
+
+    def empty(*args, pin_memory=False, **named):
+        if pin_memory:
+            raise RuntimeError("CUDA error: operation not supported\nand much advice")
+        return told(*args, **named)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    shape = ExpertShape(d_model=3, d_ff=5, dtype=torch.float32)
+    with pytest.raises(MoesimError, match=r"^0\.0 GiB of host memory cannot be pinned \(CUDA error: operation not"):
+        HostExperts([[torch.zeros(30)]], shape, pinned=True)

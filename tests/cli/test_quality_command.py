@@ -77,7 +77,7 @@ def test_simulate_prints_it_beside_its_quality(measured):
         (["--policy", "best"], "unknown policy 'best'"),
         (["--policy", ","], "--policy names no policy"),
         (["--policy", "eplb", "--resident", "8"], "needs every expert on a GPU"),
-        (["--policy", "on-demand", "--resident", "40"], "40 resident slots"),
+        (["--policy", "on-demand", "--resident", "40"], "--resident 40 is 40 slots a layer"),
         (["--policy", "oracle-prefetch", "--resident", "8"], "shown recorded routing"),
     ],
 )

@@ -91,7 +91,8 @@ def check_timelines(trace, base, measured, picture, folder):
         (["--policy", ","], "names no policy"),
         (["--ranks", 0], "--ranks must be at least 1"),
         (["--ranks", 9], "more than the 8 experts"),
-        (["--phase", "decode"], "decode is not available yet"),
+        (["--phase", "decode"], "--phase decode runs with --resident only"),
+        (["--out", "/dev/null/x.json"], "/dev/null/x.json: cannot be written"),
         (["--repeats", 0], "--repeats must be at least 1"),
         (["--trace", "nowhere.moetrace"], "nowhere.moetrace: no trace there"),
     ],
@@ -130,6 +131,21 @@ def test_models_that_cannot_be_run(inputs, tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         assert_one_line(invoke(tmp_path, "--trace", trace, "--policy", "eplb", "--device", "cpu"), says)
+
+
+def test_a_trace_of_a_model_of_the_same_shape_and_other_weights(inputs, tmp_path):
+    model, trace = inputs
+    spec, provenance = Trace.open(trace).spec, {"model_sha256": {"model.safetensors": "0" * 64}}
+    with TraceWriter(tmp_path / "other.moetrace", spec, provenance) as writer:
+        writer.append("encoder", Trace.open(trace).table("encoder"))
+    options = ["--policy", "eplb", "--device", "cpu"]
+    result = invoke(model, "--trace", tmp_path / "other.moetrace", *options)
+    assert_one_line(result, "was recorded with other weights than those in")
+
+
+def test_calibration_of_ranks_has_no_decode(tmp_path):
+    result = CliRunner().invoke(main, ["calibrate", "--phase", "decode", "--out", str(tmp_path / "profile.json")])
+    assert_one_line(result, "--phase decode goes with --resident")
 
 
 def test_by_hand_under_torchrun_the_ranks_must_agree(inputs, monkeypatch):

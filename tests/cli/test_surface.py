@@ -41,10 +41,10 @@ SURFACE = {
     "--allow-lossy --quality --budget-seconds --out --json",
     "explain": "--policy --step --timeline --json",
     "run-gpu": "--policy --baseline --ranks --partitions --random --routing --resident --copy-dtype --device --trace "
-    f"--text {WORKLOAD} --phase --extra-slots --max-steps --repeats --warmup --dtype --json --out --decision-log "
-    "--timeline",
-    "calibrate": "--ranks --partitions --random --resident --copy-dtype --phase --device --out --dtype --batch-tokens "
-    "--extra-slots",
+    f"--text {WORKLOAD} --phase --extra-slots --max-steps --repeats --warmup --dtype --quality --json --out "
+    "--decision-log --timeline",
+    "calibrate": "--policy --ranks --partitions --random --resident --copy-dtype --phase --device --out --dtype "
+    "--batch-tokens --extra-slots",
     "profile list": "--json",
     "profile show": "--json",
     "profile check": "--json",

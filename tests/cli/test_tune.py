@@ -97,9 +97,9 @@ def test_a_users_own_policy_is_written_whole(trace, tmp_path):
 def test_run_gpu_accepts_the_file(tmp_path):
     path = tmp_path / "winner.toml"
     write_winner(Candidate(policy="eplb", extra_slots=1), {}, path)
-    from moesim.cli.run_gpu import _policies
+    from moesim.cli.run_gpu import RUNNABLE, policy_names
 
-    assert _policies(str(path), "contiguous") == ("contiguous", str(path))
+    assert policy_names(str(path), "contiguous", RUNNABLE) == ("contiguous", str(path))
 
 
 def test_lossy_settings_are_refused_a_rank(trace):
