@@ -62,7 +62,8 @@ class Job:
 
     def decision_file(self, policy: str) -> Path:
         """Where the decision log of `policy` is left."""
-        return Path(self.folder) / f"decisions-{policy}.jsonl"
+        # By its place: the name of a policy of one's own is a path.
+        return Path(self.folder) / f"decisions-{self.policies.index(policy)}.jsonl"
 
     @property
     def result_file(self) -> Path:

@@ -68,6 +68,7 @@ def calibrate(
     moesim calibrate models/switch-mini --resident 25% --phase encoder --batch-tokens 1024 --out offload.json
     """
     size = parts.as_ranks(ranks) or (1 if offloading else 2 if ranks is None else ranks)
+    parts.prepare()
     with tempfile.TemporaryDirectory(prefix="moesim-calibrate-") as folder, progress_bar() as report:
         job = Job(
             kind="calibrate",

@@ -119,6 +119,7 @@ def run_gpu(
     torchrun --nproc-per-node 2 --no-python moesim run-gpu models/switch-mini --trace mini.moetrace --policy eplb
     """
     size = parts.as_ranks(ranks) or (1 if offloading else _ranks(ranks))
+    parts.prepare()
     baseline = baseline or default_baseline(1 if offloading else None)
     qualities = load_qualities(quality) if quality else []
     with tempfile.TemporaryDirectory(prefix="moesim-run-") as folder:

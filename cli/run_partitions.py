@@ -31,6 +31,13 @@ class Partitions:
             raise InputError("--partitions splits one device in one process: run it without torchrun")
         return int(bool(self.count))
 
+    def prepare(self) -> None:
+        """To be called before anything looks for GPUs, which makes the driver read its environment."""
+        if self.count:
+            from moesim.backend.green import prepare
+
+            prepare()
+
 
 def _run(partitions: int | None, random: str, routing: str) -> Partitions:
     return Partitions(count=partitions or 0, random=random, routing=routing)
@@ -66,10 +73,8 @@ calibration_options = option_group("parts", [_COUNT, _RANDOM], _calibrate)
 
 def run_partitions(job: Job, report: Progress) -> list[Result]:
     """Run the job's policies in this process and return what its folder holds then."""
-    from moesim.backend.green import prepare
     from moesim.backend.partition_session import run_on_partitions
 
-    prepare()
     with reported(job, report):
         run_on_partitions(job)
     return load_results(job.result_file)
@@ -77,10 +82,8 @@ def run_partitions(job: Job, report: Progress) -> list[Result]:
 
 def calibrate_partitions(job: Job, report: Progress) -> None:
     """Calibrate in this process; the profile goes to the job's result file."""
-    from moesim.backend.green import prepare
     from moesim.backend.partition_session import calibrate_on_partitions
 
-    prepare()
     with reported(job, report):
         calibrate_on_partitions(job)
 

@@ -97,6 +97,15 @@ def test_fewer_bits_have_a_speedup_once_their_quality_is_measured(trace, tmp_pat
     assert rows["lfu"]["speedup"] is None, "its quality in decode is another"
 
 
+def test_a_policy_file_has_a_decision_log(trace, tmp_path):
+    own, log = tmp_path / "own.toml", tmp_path / "decisions.jsonl"
+    own.write_text(moesim("policy", "show", "lfu")[1])
+    words = ["--policy", own, "--resident", 8, *SAME, "--repeats", 1, "--warmup", 0, "--decision-log", log]
+    rows, _ = run(trace, *words)
+    assert set(rows) == {"on-demand", str(own)}
+    assert {json.loads(line)["policy"] for line in log.read_text().splitlines()} == {"on-demand", str(own)}
+
+
 def test_all_means_what_runs_with_experts_in_host_memory():
     names = policy_names("all", "on-demand", run_offload.RUNNABLE)
     assert names[0] == "on-demand" and {"lfu", "belady", "hobbit", "oracle-prefetch"} <= set(names)
