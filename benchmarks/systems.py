@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from systems_plan import CASES, CLAIMS, TRACES, Case
+from systems_claims import CLAIMS
+from systems_plan import CASES, TRACES, Case
 from systems_report import report
 
 from moesim.cli import main as moesim

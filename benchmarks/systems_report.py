@@ -8,9 +8,10 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-from systems_plan import CASES, Case, Claim
+from systems_claims import Claim
+from systems_plan import CASES, Case
 
-from moesim.sim.policies import POLICIES
+from moesim.sim.policies import POLICIES, recipe_digest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the backend is chosen first
@@ -111,7 +112,8 @@ def shown(policy: str, ratio: float | None, case: Case, quality: Any) -> str:
     if ratio is None or not POLICIES[policy].lossy:
         return "-" if ratio is None else f"{ratio:.3f}"
     entries = (quality or {}).get("entries", [])
-    mine = [one for one in entries if one["policy"] == policy and one["resident"] == case.resident]
+    wanted = (policy, recipe_digest(POLICIES[policy]), case.resident)
+    mine = [one for one in entries if (one["policy"], one.get("policy_digest"), one["resident"]) == wanted]
     if not mine or case.traces != ("switch-mini",):
         return NOT_MEASURED
     change, agree = mine[0]["loss"] - mine[0]["exact_loss"], mine[0]["top1_agreement"]

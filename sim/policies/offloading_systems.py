@@ -98,6 +98,17 @@ OFFLOADING: dict[str, Recipe] = {
             "goes through the later gates. The cutoff's two times are the rule's options and not measured."
         ),
     ),
+    "sida": replace(
+        ON_DEMAND,
+        summary="a network over the tokens' embeddings forecasts all layers; its forecast is executed, not exact (SiDA)",
+        predictor="sida",
+        rule=PrefetchSequence(),
+        routing="predicted",
+        deviations=(
+            "arXiv 2310.18859. All layers' forecasts are made in the step itself, not by a thread one batch ahead.\n"
+            "The least recently used expert goes, there the first one that came."
+        ),
+    ),
     "moe-infinity": replace(
         ON_DEMAND,
         summary="all layers that are left, from the activation matrix most like the sequence so far (MoE-Infinity)",
