@@ -100,7 +100,7 @@ OFFLOADING: dict[str, Recipe] = {
     ),
     "sida": replace(
         ON_DEMAND,
-        summary="a network over the tokens' embeddings forecasts all layers; its forecast is executed, not exact (SiDA)",
+        summary="a network over token embeddings forecasts all layers; its forecast is executed, not exact (SiDA)",
         predictor="sida",
         rule=PrefetchSequence(),
         routing="predicted",
