@@ -120,7 +120,7 @@ def simulate(
     opened = _open(trace)
     spec = opened.spec.with_widths(shapes) if shapes else opened.spec
     spec.sized()
-    slots = None if resident is None else slots_of(resident, spec.num_experts)
+    slots = None if resident is None else slots_of(resident, -(-spec.num_experts // gpus))
     which = Phase[phase.upper()] if phase else default_phase(spec)
     rows, gates = opened.rows(STACK_OF_PHASE[which]), opened.gates(STACK_OF_PHASE[which])
     if policy.strip() == "all":
