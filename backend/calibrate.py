@@ -6,28 +6,27 @@ run measures. Shape letters: E experts, G ranks, N samples, L MoE layers, D = d_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from moesim.backend.clock import clock_of
+from moesim.backend.clock import Clock
 from moesim.backend.fit import Compute, Floats, fit_gpu, fit_link, relative_error, without_noise
 from moesim.backend.hub import model_name
 from moesim.backend.job import Job
+from moesim.backend.loading import model_of, spec_of
 from moesim.backend.measure import ATTENTION, DECIDE, GATHER
 from moesim.backend.parallel import Executor
 from moesim.backend.ranks import Ranks
+from moesim.backend.rates import Work, copy_work, matmul_work, memory_bytes
 from moesim.backend.session import describe_device
-from moesim.backend.switch import load_model
-from moesim.backend.synthetic import random_model, synthetic_scenario
+from moesim.backend.synthetic import synthetic_scenario
 from moesim.sim.cost import RankTokens, rank_tokens
 from moesim.sim.curves import ExpertCurve
 from moesim.sim.policies import POLICIES, make_policy
@@ -35,7 +34,6 @@ from moesim.sim.profile import Gpu, HardwareProfile, HostLink, Link, Links, Prov
 from moesim.sim.residency import Cluster
 from moesim.sim.scenario import Scenario
 from moesim.traces import InputError
-from moesim.traces.routers import adapter_of
 
 REQUEST_TOKENS = 128
 DECISION_STEPS = 9
@@ -58,8 +56,8 @@ REPEATS, LONG_REPEATS, SHORT_REPEATS = 7, 3, 25
 def calibrate_ranks(job: Job, ranks: Ranks) -> None:
     """Measure, and leave the profile in the job's result file. Raises InputError where the model cannot be used."""
     job.say(ranks.rank, 0.0, "loading the model")
-    model: Any = load_model(Path(job.model), job.dtype) if job.model else random_model(job.dtype)
-    spec = adapter_of(model)[0].spec(model, adapter_of(model)[1])
+    model = model_of(job, ranks.device)
+    spec = spec_of(model)
     if "encoder" not in [stack.name for stack in spec.stacks]:
         raise InputError(f"{job.model}: calibration needs a model with MoE layers in its encoder")
     stack = spec.stack("encoder")
@@ -77,15 +75,15 @@ def calibrate_ranks(job: Job, ranks: Ranks) -> None:
     )
     tokens_EN, experts_s, curve = _experts(job, executor)
     job.say(ranks.rank, 0.85, "links and memory")
-    nbytes_per_s = _memory_rate(ranks)
+    nbytes_per_s = _rate(ranks, copy_work(ranks.device))
     compute = Compute(
         tokens_EN=tokens_EN,
         experts_s=experts_s,
         ranks=tokens_of_ranks,
         attention_s=attention_s,
-        memory_bytes=_memory_bytes(ranks),
+        memory_bytes=memory_bytes(ranks.device) // (1 if ranks.on_gpu else ranks.size),
         bytes_per_s=nbytes_per_s,
-        flops_per_s=_matmul_rate(ranks, job.dtype),
+        flops_per_s=_rate(ranks, matmul_work(ranks.device, getattr(torch, job.dtype))),
     )
     links = _links(executor, nbytes_per_s)
     if ranks.rank == 0:
@@ -98,7 +96,7 @@ def calibrate_ranks(job: Job, ranks: Ranks) -> None:
 
 def seconds_of(ranks: Ranks, work: Callable[[], object], repeats: int = REPEATS) -> Floats:
     """[G] median over the repeats of each rank's seconds for `work`, which all ranks begin together."""
-    clock = clock_of(ranks.device)
+    clock = Clock(ranks.device)
     taken = []
     for _ in range(repeats + 2):
         ranks.barrier()
@@ -227,19 +225,10 @@ def _to_neighbour(ranks: Ranks, nbytes: int) -> None:
         work.wait()
 
 
-def _memory_rate(ranks: Ranks) -> float:
-    """Bytes/s that each rank reads and writes in a large copy while the others do the same."""
-    nbytes = 2**30 if ranks.on_gpu else 2**25
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=ranks.device)
-    target = torch.empty_like(source)
-    return 2 * nbytes / float(seconds_of(ranks, lambda: target.copy_(source)).max())
-
-
-def _matmul_rate(ranks: Ranks, dtype: str) -> float:
-    """FLOP/s of a square matmul on each rank while the others do the same."""
-    n = 4096 if ranks.on_gpu else 384
-    a = torch.ones((n, n), dtype=getattr(torch, dtype), device=ranks.device)
-    return 2 * n**3 / float(seconds_of(ranks, lambda: a @ a).max())
+def _rate(ranks: Ranks, work: Work) -> float:
+    """Of the work a second, on each rank while the others do the same."""
+    amount, do = work
+    return amount / float(seconds_of(ranks, do).max())
 
 
 def _host_rate(ranks: Ranks, nbytes_per_s: float) -> float:
@@ -249,13 +238,6 @@ def _host_rate(ranks: Ranks, nbytes_per_s: float) -> float:
     source = torch.zeros(2**27, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device=ranks.device)
     return 2**27 / float(seconds_of(ranks, lambda: target.copy_(source, non_blocking=True)).max())
-
-
-def _memory_bytes(ranks: Ranks) -> int:
-    """Memory of one GPU, or a rank's part of the machine's."""
-    if ranks.on_gpu:
-        return int(torch.cuda.get_device_properties(ranks.device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks.size
 
 
 def _profile(
@@ -268,12 +250,13 @@ def _profile(
     error: dict[str, float],
 ) -> HardwareProfile:
     device = describe_device(ranks)
-    shape = model_name(job.model) or "a random Switch model"
+    shape = job.random or model_name(job.model) or "a random Switch model"
     off = ", ".join(f"{what} {share:.0%}" for what, share in error.items())
     return HardwareProfile(
         name=f"measured-{device['device']}-{ranks.size}",
         provenance=Provenance(
             kind="measured",
+            executor="ranks",
             device=f"{ranks.size} x {device['device_name']} ({device['device']} ranks, {device['backend']})",
             date=datetime.now(UTC).date().isoformat(),
             driver=f"CUDA {torch.version.cuda}" if ranks.on_gpu else "",

@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import torch
 
+from moesim.backend.cuda import new_stream
 from moesim.traces import InputError
 
 WARM_UPS = 3
@@ -86,7 +87,7 @@ def _captured(body: Callable[[], None], pool: GraphPool) -> Any:
     Raises InputError where it waits for the device, which no graph can.
     """
     here = torch.cuda.current_stream()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = new_stream()
     side.wait_stream(here)
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):

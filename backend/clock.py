@@ -1,61 +1,42 @@
-"""Marks in time along one step: host time on a CPU, events in the device's stream on a GPU.
-
-Knows nothing about what the marks mean.
+"""Moments in time: of the host on a CPU, events in the device's stream on a GPU, which tell what the device did, not
+when the host asked for it. Knows nothing about what they mean.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Any
 
 import torch
 
+from moesim.backend.cuda import recorded
 
-class Clock(Protocol):
+
+def moment(device: torch.device) -> Any:
+    """This moment; on a GPU the one when the device comes to what follows in its current stream."""
+    return recorded() if device.type == "cuda" else time.perf_counter()
+
+
+def seconds_between(begin: Any, moments: list[Any]) -> list[float]:
+    """Seconds from `begin` to each of the moments, the last one last. On a GPU it waits for the device."""
+    if isinstance(begin, float):
+        return [later - begin for later in moments]
+    moments[-1].synchronize()
+    return [begin.elapsed_time(later) / 1e3 for later in moments]
+
+
+class Clock:
     """Collects marks during a step; `read` afterwards."""
 
-    def mark(self) -> None:
-        """Note this moment; on a GPU the moment when the device comes to it."""
-
-    def read(self) -> list[float]:
-        """Seconds between each mark and the first, and start anew. Waits for the device."""
-
-
-class HostClock:
-    """`time.perf_counter`."""
-
-    def __init__(self) -> None:
-        self._marks: list[float] = []
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
 
     def mark(self) -> None:
         """Note this moment."""
-        self._marks.append(time.perf_counter())
+        self._marks.append(moment(self._device))
 
     def read(self) -> list[float]:
-        """Seconds since the first mark."""
+        """Seconds between each mark and the first, and start anew. Waits for the device."""
         marks, self._marks = self._marks, []
-        return [mark - marks[0] for mark in marks]
-
-
-class CudaClock:
-    """CUDA events in the current stream: what the device did, not when the host asked for it."""
-
-    def __init__(self) -> None:
-        self._marks: list[torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        """Enqueue an event."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch gives it no types
-        event.record()
-        self._marks.append(event)
-
-    def read(self) -> list[float]:
-        """Seconds since the first event."""
-        marks, self._marks = self._marks, []
-        marks[-1].synchronize()
-        return [marks[0].elapsed_time(mark) / 1e3 for mark in marks]
-
-
-def clock_of(device: torch.device) -> Clock:
-    """The clock that fits the device."""
-    return CudaClock() if device.type == "cuda" else HostClock()
+        return seconds_between(marks[0], marks)

@@ -52,7 +52,8 @@ class GroupedSwitchMLP(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Moved or converted parameters are no views any more: gather them again."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it without types
+        base: Any = super()  # torch leaves it without types
+        base._apply(fn, recurse)
         self._gather()
         return self
 
@@ -233,13 +234,15 @@ def _force(site: Site, replay: Replay) -> RemovableHandle:
             given["top_k_index"] = replay.ids(site.layer, len(given["hidden_states"]))
             return (), given
 
-        return own.register_forward_pre_hook(choose, with_kwargs=True)  # type: ignore[no-any-return] # of an Any
+        told: RemovableHandle = own.register_forward_pre_hook(choose, with_kwargs=True)
+        return told
 
     def mask(_router: nn.Module, _args: tuple[Any, ...], said: tuple[Any, ...]) -> tuple[Any, ...]:
         ids_N = replay.ids(site.layer, said[0].shape[0] * said[0].shape[1])[:, 0]
         return (one_hot(ids_N, replay.experts).view(said[0].shape), *said[1:])
 
-    return own.router.register_forward_hook(mask)  # type: ignore[no-any-return] # of an Any
+    handle: RemovableHandle = own.router.register_forward_hook(mask)
+    return handle
 
 
 def pack(experts: nn.Module) -> SlotWeights:

@@ -11,9 +11,8 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
-from moesim.backend.grouped import Activation, Groups, SlotWeights, activation_name, choose, grouped_mlp
+from moesim.backend.grouped import Activation, Groups, SlotWeights, activation_name, grouped_mlp
 
 Key = tuple[int, int]
 """(layer, expert)."""
@@ -45,7 +44,7 @@ class ExpertShape:
 class ExpertSlots:
     """The slots of one rank, [S, P] in one piece of its device's memory."""
 
-    def __init__(self, slots: int, shape: ExpertShape, activation: Activation, device: torch.device) -> None:
+    def __init__(self, slots: int, shape: ExpertShape, activation: Activation | str, device: torch.device) -> None:
         self.shape = shape
         self.rows_SP = torch.zeros((slots, shape.params), dtype=shape.dtype, device=device)
         self.weights = SlotWeights.of_rows(
@@ -60,16 +59,23 @@ class ExpertSlots:
 
     def write(self, slot: int, key: Key, row_P: torch.Tensor) -> None:
         """Fill a slot with an expert; on a GPU in stream order, so after what still computes from it."""
+        self.claim(slot, key).copy_(row_P)
+
+    def claim(self, slot: int, key: Key) -> torch.Tensor:
+        """[P] the slot's row, which the caller fills with this expert; what was there is forgotten."""
         before = self._key_of.get(slot)
         if before is not None and self._slot_of.get(before) == slot:
             del self._slot_of[before]
         self._slot_of[key], self._key_of[slot] = slot, key
-        self.rows_SP[slot].copy_(row_P)
+        return self.rows_SP[slot]
+
+    def slot(self, key: Key) -> int:
+        """Where the expert is: until something is written over it, also when its slot has been promised to another."""
+        return self._slot_of[key]
 
     def snapshot(self, key: Key) -> torch.Tensor:
-        """[P] a copy of the expert's weights. They are here until something is written over them, also when their slot
-        has been promised to another expert."""
-        return self.rows_SP[self._slot_of[key]].clone()
+        """[P] a copy of the expert's weights."""
+        return self.rows_SP[self.slot(key)].clone()
 
     def staging(self) -> torch.Tensor:
         """[P] a buffer that a copy can arrive in."""
@@ -79,20 +85,13 @@ class ExpertSlots:
         """[N, D] output of each token's expert; tokens lie expert by expert, `tokens_X[i]` for slot `slot_X[i]`."""
         if not slot_X:
             return torch.empty_like(x_ND)
-        if x_ND.is_cuda and choose("auto", x_ND, self.weights) != "loop":
-            return grouped_mlp(x_ND, self._in_order(len(x_ND), slot_X, tokens_X), self.weights)
-        parts = torch.split(x_ND, tokens_X)
-        return torch.cat([self._one(part, slot) for part, slot in zip(parts, slot_X, strict=True)])
+        return grouped_mlp(x_ND, self._in_order(len(x_ND), slot_X, tokens_X), self.weights)
 
     def apply(self, x_ND: torch.Tensor, group: torch.Tensor, slot_X: list[int], tokens_X: list[int]) -> torch.Tensor:
         """[N, D] as `forward`, for tokens in any order: `group` [N] is the permutation that sorts them by expert."""
         y_ND = torch.empty_like(x_ND)
         y_ND[group] = self.forward(x_ND[group], slot_X, tokens_X)
         return y_ND
-
-    def _one(self, x_ND: torch.Tensor, slot: int) -> torch.Tensor:
-        inner_NF = self.weights.act(functional.linear(x_ND, self.weights.up_SFD[slot]))
-        return functional.linear(inner_NF, self.weights.down_SDF[slot])
 
     def _in_order(self, tokens: int, slot_X: list[int], tokens_X: list[int]) -> Groups:
         """Groups of tokens that lie in their order already; sizes and slots cross to the device in one copy."""

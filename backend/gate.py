@@ -10,6 +10,8 @@ from collections import deque
 
 import torch
 
+from moesim.backend.cuda import new_event, pause
+
 MOST_S = 5e-3
 """The longest time that a gate holds."""
 FIRST_S = 1e-3
@@ -37,7 +39,7 @@ class Gate:
         """Put it into the current stream, before so many queues are given work."""
         if self.on:
             seconds = min(LONGER * statistics.median(self._taken(launches)), MOST_S)
-            torch.cuda._sleep(int(seconds * self._ticks_per_s))  # type: ignore[no-untyped-call]
+            pause(int(seconds * self._ticks_per_s))
 
     def launched(self, launches: int, seconds: float) -> None:
         """They took so long this time."""
@@ -50,10 +52,10 @@ class Gate:
 def _ticks_per_s(device: torch.device) -> float:
     """Rate of the clock that `_sleep` counts."""
     stream = torch.cuda.current_stream(device)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = new_event(), new_event()
     for _ in range(WARM_UPS):
         begin.record(stream)
-        torch.cuda._sleep(TICKS)  # type: ignore[no-untyped-call]
+        pause(TICKS)
         end.record(stream)
     end.synchronize()
     return TICKS / (float(begin.elapsed_time(end)) / 1e3)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from moesim.backend.attention import ALIGNMENT, aligned, attend, stacks_of
+from moesim.backend.attention import ALIGNMENT, aligned, stacks_of
+from moesim.backend.blocks import DistanceBias, additive, attended, by_head, in_range
 from moesim.backend.capture import GraphedCall, GraphPool
 from moesim.traces import InputError
 
@@ -101,11 +102,6 @@ def _first_attention(stack: Any) -> Any:
     return stack.block[0].layer[0].SelfAttention
 
 
-def additive(mask_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, 1, 1, S] zero at real tokens, the most negative number at padding."""
-    return (1.0 - mask_BS.to(dtype))[:, None, None, :] * torch.finfo(dtype).min
-
-
 def _expect(name: str, given: torch.Tensor, static: torch.Tensor) -> None:
     if given.shape != static.shape:
         raise InputError(f"{name}: shape {tuple(given.shape)}, but the graph was made for {tuple(static.shape)}")
@@ -164,11 +160,7 @@ class GraphedDecoder:
         self._cross_bias = None
         if self.encoder.mask_BS is not None:
             self._cross_bias = aligned(additive(self.encoder.mask_BS, weight.dtype))
-        # Bias by distance, [H, 2K-1]: the query at p sees, from K-1-p on, its past, itself, and a future masked out.
-        past_HK = attention.compute_bias(1, room, device=device, past_seen_tokens=room - 1)[0, :, 0]
-        future = past_HK.new_full((heads, room - 1), torch.finfo(weight.dtype).min)
-        self._bias_by_distance = torch.cat([past_HK, future], dim=1)
-        self._window_K = torch.arange(room - 1, 2 * room - 1, device=device)
+        self._bias = DistanceBias(attention, room)
 
     def begin(self, encoder_ids_BS: torch.Tensor, mask_BS: torch.Tensor | None = None) -> None:
         """Encode a batch and stand at the start of decoding it. Raises InputError as `GraphedEncoder` does."""
@@ -220,8 +212,8 @@ class GraphedDecoder:
         """Keys and values of the encoder's output for every layer; everything else back to the start."""
         for i, block in enumerate(self._stack.block):
             attention = block.layer[1].EncDecAttention
-            self._cross_keys[i].copy_(_by_head(attention, attention.k(self.encoder.output_BSD)))
-            self._cross_values[i].copy_(_by_head(attention, attention.v(self.encoder.output_BSD)))
+            self._cross_keys[i].copy_(by_head(attention, attention.k(self.encoder.output_BSD)))
+            self._cross_values[i].copy_(by_head(attention, attention.v(self.encoder.output_BSD)))
         if self._cross_bias is not None and self.encoder.mask_BS is not None:
             self._cross_bias.copy_(additive(self.encoder.mask_BS, self._cross_bias.dtype))
         self.position_1.zero_()
@@ -232,9 +224,9 @@ class GraphedDecoder:
 
     def _step_body(self) -> None:
         hidden_B1D = self._stack.embed_tokens(self.tokens_B[:, None])
-        bias_HK = self._bias_by_distance.index_select(1, self._window_K - self.position_1)
+        bias_1H1K = self._bias.at(self.position_1)
         for i, block in enumerate(self._stack.block):
-            hidden_B1D = in_range(self._self_attention(i, block.layer[0], hidden_B1D, bias_HK[None, :, None]))
+            hidden_B1D = in_range(self._self_attention(i, block.layer[0], hidden_B1D, bias_1H1K))
             hidden_B1D = in_range(self._cross_attention(i, block.layer[1], hidden_B1D))
             hidden_B1D = in_range(block.layer[2](hidden_B1D))
         hidden_BD = self._stack.final_layer_norm(hidden_B1D)[:, 0]
@@ -245,19 +237,13 @@ class GraphedDecoder:
 
     def _self_attention(self, i: int, layer: Any, hidden_B1D: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         attention, x_B1D = layer.SelfAttention, layer.layer_norm(hidden_B1D)
-        self._keys[i].index_copy_(2, self.position_1, _by_head(attention, attention.k(x_B1D)))
-        self._values[i].index_copy_(2, self.position_1, _by_head(attention, attention.v(x_B1D)))
-        query = _by_head(attention, attention.q(x_B1D))
-        seen_BH1C = attend(query, self._keys[i], self._values[i], bias, attention.scaling)
-        out_B1D: torch.Tensor = attention.o(seen_BH1C.transpose(1, 2).flatten(2))
-        return hidden_B1D + out_B1D
+        for cache, project in ((self._keys[i], attention.k), (self._values[i], attention.v)):
+            cache.index_copy_(2, self.position_1, by_head(attention, project(x_B1D)))
+        return hidden_B1D + attended(attention, x_B1D, self._keys[i], self._values[i], bias)
 
     def _cross_attention(self, i: int, layer: Any, hidden_B1D: torch.Tensor) -> torch.Tensor:
-        attention = layer.EncDecAttention
-        query = _by_head(attention, attention.q(layer.layer_norm(hidden_B1D)))
-        seen_BH1C = attend(query, self._cross_keys[i], self._cross_values[i], self._cross_bias, attention.scaling)
-        out_B1D: torch.Tensor = attention.o(seen_BH1C.transpose(1, 2).flatten(2))
-        return hidden_B1D + out_B1D
+        read = (self._cross_keys[i], self._cross_values[i], self._cross_bias)
+        return hidden_B1D + attended(layer.EncDecAttention, layer.layer_norm(hidden_B1D), *read)
 
     def _choose(self) -> None:
         """Append the best token, padding to sequences that have ended, and move on by one position."""
@@ -319,18 +305,3 @@ def rules_of(model: Any) -> Rules:
     end_E = () if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,)
     pad = config.pad_token_id
     return Rules(start=start, pad=pad if pad is not None else (*end_E, 0)[0], end_E=end_E)
-
-
-def in_range(hidden: torch.Tensor) -> torch.Tensor:
-    """The same, and in float16 as the library does after every sublayer: infinities become large numbers."""
-    if hidden.dtype != torch.float16:
-        return hidden
-    # Not torch.where with numbers, as the library has it: it copies them to the device, and waits.
-    bound = torch.finfo(hidden.dtype).max - 1000 * hidden.isinf().any()
-    return hidden.clamp(min=-bound, max=bound)
-
-
-def _by_head(attention: Any, x_BSI: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, C] a projection's output [B, S, H C], as a view."""
-    batch, length, _ = x_BSI.shape
-    return x_BSI.view(batch, length, attention.n_heads, attention.key_value_proj_dim).transpose(1, 2)

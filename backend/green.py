@@ -12,11 +12,13 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from moesim.backend import routing_kernels
+from moesim.backend import kernels, routing_kernels
+from moesim.backend.cuda import new_event, new_stream, stream_of
 from moesim.traces import MoesimError
 
 SM_GROUPS = "sm-groups"
@@ -24,8 +26,6 @@ SHARED_STREAMS = "streams"
 CPU_THREADS = "cpu threads"
 IGNORE_COSCHEDULING = 1
 """CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING."""
-
-Call = Callable[..., Any]
 
 
 class GreenContextError(MoesimError):
@@ -144,7 +144,7 @@ def _divided(driver: Any, whole: Any, count: int, sizes: range) -> tuple[list[An
 def _try(device: torch.device, streams: tuple[torch.cuda.Stream, ...]) -> None:
     """Use each as the queues do: kernels, also of Triton, which its launcher has loaded into the primary context, and
     events of other streams. Raises GreenContextError where that does not work with streams that the driver made."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = new_event(), new_event()
     main = torch.cuda.current_stream(device)
     begin.record(main)
     try:
@@ -152,7 +152,7 @@ def _try(device: torch.device, streams: tuple[torch.cuda.Stream, ...]) -> None:
             stream.wait_event(begin)
             with torch.cuda.stream(stream):
                 some_M = torch.zeros(1, dtype=torch.int64, device=device).add_(1)
-                if routing_kernels.HAVE_TRITON:
+                if kernels.HAVE_TRITON:
                     routing_kernels.group(some_M, 2)
             end.record(stream)
             main.wait_event(end)
@@ -178,7 +178,7 @@ def _copy_streams(
 
 
 def _plain(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device) for _ in range(count))  # type: ignore[no-untyped-call] # torch gives no types
+    return tuple(new_stream(device) for _ in range(count))
 
 
 def _streams(
@@ -188,12 +188,12 @@ def _streams(
     descriptor = _checked(driver, "cuDevResourceGenerateDesc", [resource], 1)
     flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
     context = _checked(driver, "cuGreenCtxCreate", descriptor, cu_device, flags)
-    undo.append(lambda: _checked(driver, "cuGreenCtxDestroy", context))
+    undo.append(partial(_checked, driver, "cuGreenCtxDestroy", context))
     streams = []
     for _ in range(count):
         raw = _checked(driver, "cuGreenCtxStreamCreate", context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0)
-        undo.append(lambda raw=raw: _checked(driver, "cuStreamDestroy", raw))  # type: ignore[misc]
-        streams.append(torch.cuda.ExternalStream(int(raw), device=device))  # type: ignore[no-untyped-call]
+        undo.append(partial(_checked, driver, "cuStreamDestroy", raw))
+        streams.append(stream_of(int(raw), device))
     return tuple(streams)
 
 

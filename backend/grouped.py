@@ -9,7 +9,7 @@ S slots, D = d_model, F = d_ff, P weights of one expert.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -85,6 +85,10 @@ class SlotWeights:
         """S."""
         return len(self.up_SFD)
 
+    def window(self, first: int, end: int) -> SlotWeights:
+        """Those from `first` to before `end`."""
+        return replace(self, up_SFD=self.up_SFD[first:end], down_SDF=self.down_SDF[first:end])
+
     def act(self, inner: torch.Tensor) -> torch.Tensor:
         """[..., F] activation, and gate, of the first product [..., F or 2F]."""
         function = ACTIVATIONS[self.activation]
@@ -123,7 +127,7 @@ def group_pairs(
     """
     if slot_X is None:
         slot_X, every_slot = torch.arange(experts, dtype=torch.int32, device=ids_M.device), True
-    if routing_kernels.HAVE_TRITON and ids_M.is_cuda and len(ids_M) <= routing_kernels.MOST_PAIRS:
+    if kernels.HAVE_TRITON and ids_M.is_cuda and len(ids_M) <= routing_kernels.MOST_PAIRS:
         order_M, offsets_X1 = routing_kernels.group(ids_M.contiguous(), experts)
     else:
         order_M, offsets_X1 = _sorted(ids_M, experts)

@@ -6,12 +6,17 @@ Imports without torch, so that a wrong option is reported at once. Knows nothing
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moesim.sim.policies import recipe
-from moesim.traces import InputError, Workload
+from moesim.sim.scenario import STACK_OF_PHASE
+from moesim.traces import InputError, Phase, Workload
+
+Progress = Callable[[float, str], None]
+"""Takes the share that is done, 0..1, and what is being done."""
 
 JOB_FILE = "job.json"
 PHASES = ("encoder", "prefill")
@@ -46,9 +51,9 @@ class Job:
     partitions: int = 0
     """Partitions of one device, in one process; 0: ranks."""
     random: str = ""
-    """Name of a published model that gets random weights, in place of `model`; with partitions only."""
+    """Name of a published model that gets random weights, in place of `model`."""
     routing: str = "model"
-    """'model' or, with partitions, 'replay': what was recorded is forced on the layers."""
+    """'model', or 'replay': what was recorded is forced on the layers."""
 
     def write(self) -> None:
         """Leave the note in the job's folder."""
@@ -84,56 +89,50 @@ class Job:
 
 
 def check_options(job: Job) -> None:
-    """Raise InputError for whatever can be seen to be wrong before a model is loaded."""
+    """Raise InputError for whatever ranks and partitions can see to be wrong before a model is loaded."""
     if job.ranks < 1:
         raise InputError(f"--ranks must be at least 1, got {job.ranks}")
-    check_partitions(job)
-    if job.repeats < 1 or job.warmup < 0:
-        raise InputError("--repeats must be at least 1 and --warmup at least 0")
+    if job.phase not in PHASES:
+        raise InputError(
+            f"--phase {job.phase} runs with --resident only so far: use encoder or prefill, or add --resident 100%"
+        )
+    if job.random and job.phase != "encoder":
+        raise InputError("--random runs the encoder phase: a random encoder's text means nothing to a decoder")
+    check_inputs(job)
     for policy in job.policies:
-        if recipe(policy).simulated_only:
-            if recipe(policy).miss is not None:
-                raise InputError(f"policy {policy!r} is about experts in host memory: add --resident 25%, say")
+        parts = recipe(policy)
+        if parts.simulated_only and parts.miss is not None:
+            raise InputError(f"policy {policy!r} is about experts in host memory: add --resident 25%, say")
+        if parts.simulated_only:
             raise InputError(
                 f"policy {policy!r} runs in the simulator only: a bound that no machine can reach, or a mechanism that "
                 "the real executor does not have yet"
             )
     if not job.model:
         return
-    config = model_config(Path(job.model))
-    stack = "decoder" if job.phase == "prefill" else "encoder"
-    if job.phase == "decode":
-        raise InputError(
-            "--phase decode runs with --resident only so far: use encoder or prefill, or add --resident 100%"
-        )
-    if job.phase not in PHASES:
-        raise InputError(f"--phase must be one of {', '.join(PHASES)}, got {job.phase!r}")
-    if not int(config.get(f"num_sparse_{stack}_layers", 0)):
-        raise InputError(f"{job.model}: the model has no MoE layers in its {stack}")
-    experts = int(config.get("num_experts", 0))
+    experts = int(model_config(Path(job.model)).get("num_experts", 0))
     if job.partitions > experts:
         raise InputError(f"--partitions {job.partitions} is more than the {experts} experts of the model")
     if job.ranks > experts:
         raise InputError(f"--ranks {job.ranks} is more than the {experts} experts of the model: at most one rank each")
 
 
-def check_partitions(job: Job) -> None:
-    """Raise InputError where partitions, random weights and replay do not go together."""
-    if job.partitions < 0:
-        raise InputError(f"--partitions must be at least 1, got {job.partitions}")
+def check_inputs(job: Job) -> None:
+    """Raise InputError where model, routing and passes cannot be run, on whatever executor."""
     if job.random and job.model:
         raise InputError(f"give a MODEL or --random {job.random}, not both")
-    if not job.partitions:
-        for option, asked in (("--random", bool(job.random)), ("--routing replay", job.routing != "model")):
-            if asked:
-                raise InputError(f"{option} runs on partitions of one device: add --partitions 4 or --resident 25%")
+    if job.repeats < 1 or job.warmup < 0:
+        raise InputError("--repeats must be at least 1 and --warmup at least 0")
+    stack = STACK_OF_PHASE[Phase[job.phase.upper()]]
+    if job.model and not int(model_config(Path(job.model)).get(f"num_sparse_{stack}_layers", 0)):
+        raise InputError(f"{job.model}: the model has no MoE layers in its {stack}")
     if job.kind != "run":
         return
     if not job.random and not job.model:
-        raise InputError("nothing to run: give the folder of a MODEL, or --random switch-base-128 with --partitions")
+        raise InputError("nothing to run: give the folder of a MODEL, or --random switch-base-128 with a --trace")
     if job.random and job.routing != "replay":
         raise InputError("a random router says nothing: --random goes with --routing replay and a --trace")
-    if (job.random or job.routing == "replay") and not job.trace:
+    if job.routing == "replay" and not job.trace:
         raise InputError("--routing replay needs the recorded routing: give --trace")
 
 

@@ -148,9 +148,14 @@ def _grid(rows: int, groups: int, tile: Tile, columns: int) -> tuple[int]:
     return (down * -(-columns // tile.columns),)
 
 
+def power_of_two(size: int) -> int:
+    """The least one, from 2 on, that is not smaller: what Triton's ranges are long."""
+    return 1 << max((size - 1).bit_length(), 1)
+
+
 def _constants(tile: Tile, groups: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "GROUPS": 2 ** max((groups - 1).bit_length(), 1),
+        "GROUPS": power_of_two(groups),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,

@@ -17,16 +17,13 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moesim.backend.job import Job
+from moesim.backend.job import Job, Progress
 from moesim.traces import InputError, MoesimError
-
-Progress = Callable[[float, str], None]
-"""Takes the share that is done, 0..1, and what is being done."""
 
 GRACE_S = 5
 """How long a rank that is told to end may take before it is killed."""
@@ -64,7 +61,7 @@ def launch(job: Job, progress: Progress | None = None) -> None:
     Raises InputError or MoesimError with the error of the rank that ended first.
     """
     job.write()
-    with reported(job, progress):
+    with _reported(job, progress):
         run_ranks(["-m", "moesim.backend.worker", job.folder], job.ranks, Path(job.folder))
 
 
@@ -208,7 +205,7 @@ def _own_signals() -> Iterator[None]:
 
 
 @contextmanager
-def reported(job: Job, progress: Progress | None) -> Iterator[None]:
+def _reported(job: Job, progress: Progress | None) -> Iterator[None]:
     """While the ranks run, pass on what rank 0 says about its progress."""
     if progress is None:
         yield

@@ -37,7 +37,7 @@ class Offload(OffloadedExperts):
         kernel: str = "auto",
     ) -> None:
         module = getattr(model, stack)
-        routers: list[Any] = [layer.mlp.router for layer in sparse_layers(module).values()]  # type: ignore[union-attr]
+        routers = [layer.mlp.router for layer in sparse_layers(module).values()]
         options = Options(asynchronous=asynchronous, poison=poison, copy_dtype=copy_dtype, kernel=kernel)
         super().__init__(patch(module, self._exchange), routers, device, options)
         self.requests: NDArray[np.integer] | None = None

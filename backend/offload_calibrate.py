@@ -13,14 +13,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from moesim.backend.clock import clock_of
+from moesim.backend.clock import Clock
+from moesim.backend.cuda import new_stream, recorded
 from moesim.backend.grouped import group_pairs
 from moesim.backend.offload_session import HOST_TOKENS, OffloadRun, describe_device, host_seconds
+from moesim.backend.rates import Work, copy_work, matmul_work, memory_bytes
 from moesim.backend.session import Pass
 from moesim.backend.slots import FULL, Copy, carry
 from moesim.sim.cost import attention_seconds, rank_tokens
@@ -35,7 +38,6 @@ PARTS = (1 / 64, 1 / 16, 1 / 4, 1, 2)
 """Sizes of copies, in experts."""
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of each expert that has any."""
-RATE_BYTES, RATE_ROWS = {"cuda": 2**29, "cpu": 2**24}, {"cuda": 4096, "cpu": 256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +65,8 @@ def calibrate_device(run: OffloadRun, resident: Policy, copy_dtype: str | None =
         host_s = host_seconds(offload)
         forth, back = _curve(run, copy_dtype, to_device=True), _curve(run, None, to_device=False)
         return Device(
-            bytes_per_s=_memory_rate(run.device),
-            flops_per_s=_matmul_rate(run.device, shape.dtype),
+            bytes_per_s=_rate(run.device, copy_work(run.device)),
+            flops_per_s=_rate(run.device, matmul_work(run.device, shape.dtype)),
             host=HostLink(latency_s=forth.seconds[0], bytes_per_s=forth.nbytes[-1] / forth.seconds[-1], curve=forth),
             busy_host=_busy(run) if run.device.type == "cuda" else 1.0,
             back=back,
@@ -91,7 +93,7 @@ def profile_of(
         for policy, some in passes.items()
     }
     gpu = Gpu(
-        memory_bytes=_memory_bytes(run.device),
+        memory_bytes=memory_bytes(run.device),
         hbm_bytes_per_s=device.bytes_per_s,
         matmul_flops_per_s={dtype: device.flops_per_s},
         tile_rows=1,
@@ -113,6 +115,7 @@ def profile_of(
         name=name,
         provenance=Provenance(
             kind="measured",
+            executor="offload",
             device=f"{about['device_name']} ({about['device']}), experts in host memory",
             date=datetime.now(UTC).date().isoformat(),
             driver=f"CUDA {torch.version.cuda}" if run.device.type == "cuda" else "",
@@ -132,7 +135,7 @@ def profile_of(
 
 def _seconds(device: torch.device, work: Callable[[], object], repeats: int = REPEATS) -> float:
     """Median seconds of `work` on an idle device, after one that is not counted."""
-    clock, taken = clock_of(device), []
+    clock, taken = Clock(device), []
     for _ in range(repeats + 1):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -141,6 +144,12 @@ def _seconds(device: torch.device, work: Callable[[], object], repeats: int = RE
         clock.mark()
         taken.append(clock.read()[1])
     return float(np.median(taken[1:]))
+
+
+def _rate(device: torch.device, work: Work) -> float:
+    """Of the work a second."""
+    amount, do = work
+    return amount / _seconds(device, do)
 
 
 def _curve(run: OffloadRun, packed: str | None, *, to_device: bool) -> MessageCurve:
@@ -158,7 +167,7 @@ def _curve(run: OffloadRun, packed: str | None, *, to_device: bool) -> MessageCu
         target, source = (slots_P, host_P) if to_device else (host_P, slots_P)
         found[float(n * shape.dtype.itemsize)] = _seconds(
             run.device,
-            lambda n=n, a=target, b=source: a[:n].copy_(b[:n], non_blocking=True),  # type: ignore[misc]
+            partial(target[:n].copy_, source[:n], non_blocking=True),
         )
     if packed:
         move = Transfer(layer=0, expert=0, source=HOST, target=0, slot=0)
@@ -174,21 +183,19 @@ def _busy(run: OffloadRun) -> float:
     """Seconds of an expert's copy while the device multiplies matrices, over its seconds alone."""
     offload, shape = run.offload, run.offload.patched.shape
     source, target = offload.host.rows(FULL)[0][0], offload.slots.rows_SP[0]
-    beside: Any = torch.cuda.Stream(run.device)  # type: ignore[no-untyped-call] # as in clock.py
-    a = torch.ones((RATE_ROWS["cuda"], RATE_ROWS["cuda"]), dtype=shape.dtype, device=run.device)
-    out = torch.empty_like(a)
+    beside = new_stream(run.device)
+    _, multiply = matmul_work(run.device, shape.dtype)
     taken: dict[bool, list[float]] = {False: [], True: []}
     for busy in (False, True) * REPEATS:
         torch.cuda.synchronize(run.device)
         for _ in range(8 * busy):
-            torch.mm(a, a, out=out)
+            multiply()
         with torch.cuda.stream(beside):
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            marks[0].record()
+            begin = recorded()
             target.copy_(source, non_blocking=True)
-            marks[1].record()
+            end = recorded()
         torch.cuda.synchronize(run.device)
-        taken[busy].append(marks[0].elapsed_time(marks[1]))
+        taken[busy].append(begin.elapsed_time(end))
     return float(np.median(taken[True]) / np.median(taken[False]))
 
 
@@ -222,22 +229,3 @@ def _experts(run: OffloadRun) -> ExpertCurve:
         rows=ROWS,
         seconds=tuple(seconds),
     )
-
-
-def _memory_rate(device: torch.device) -> float:
-    """Bytes/s read and written by a large copy."""
-    source = torch.zeros(RATE_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * len(source) / _seconds(device, lambda: target.copy_(source))
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    n = RATE_ROWS[device.type]
-    a = torch.ones((n, n), dtype=dtype, device=device)
-    return 2 * n**3 / _seconds(device, lambda: a @ a)
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

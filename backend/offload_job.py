@@ -1,12 +1,10 @@
-"""One invocation on a device whose slots do not hold every expert: loads or makes the model, fits it and the trace
-together.
+"""One invocation on a device whose slots do not hold every expert: fits model and trace together.
 
 Knows nothing about terminals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,55 +12,45 @@ from typing import Any
 import numpy as np
 import torch
 
-from moesim.backend.hub import model_name
-from moesim.backend.job import Job
+from moesim.backend.job import Job, Progress
+from moesim.backend.loading import describe_job, model_of, scenario_of, spec_of, with_widths
 from moesim.backend.offload_calibrate import calibrate_device, profile_of
-from moesim.backend.offload_options import Offloading
+from moesim.backend.offload_options import RESIDENT, Offloading
 from moesim.backend.offload_session import OffloadRun, results_of, run_interleaved
-from moesim.backend.partition_session import random_weights, spec_of, with_widths
 from moesim.backend.session import leave_results
-from moesim.backend.switch import load_model
-from moesim.backend.synthetic import random_model, synthetic_table
+from moesim.backend.synthetic import synthetic_table
 from moesim.backend.utilisation import watched
 from moesim.sim.policies import Policy, make_policy, recipe
 from moesim.sim.profile import HardwareProfile
 from moesim.sim.residency import Cluster
 from moesim.sim.results import Result
-from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
+from moesim.sim.scenario import STACK_OF_PHASE, Scenario
 from moesim.traces import InputError, ModelSpec, Phase
 from moesim.traces.store import Trace
 from moesim.traces.workload import batches
 
-Say = Callable[[float, str], None]
-RESIDENT = "contiguous"
-"""The policy that keeps every expert on the device, which has as many slots as it takes."""
 REQUEST_TOKENS = 64
 """Tokens of a made-up request in a calibration."""
 CALIBRATION_STEPS = 24
 
 
-def run_offload(job: Job, asked: Offloading, say: Say) -> list[Result]:
+def run_offload(job: Job, asked: Offloading, say: Progress) -> list[Result]:
     """Run every policy of the job, and leave results and decision logs in its folder.
 
     Raises InputError where model, trace and options do not fit together.
     """
     say(0.0, "loading the model")
-    device, phase, trace = torch.device(job.device), Phase[job.phase.upper()], Trace.open(Path(job.trace))
-    stack, replay = STACK_OF_PHASE[phase], job.routing == "replay"
-    model = _model(job, stack, device, trace.spec)
+    device, trace = torch.device(job.device), Trace.open(Path(job.trace))
+    phase, replay = Phase[job.phase.upper()], job.routing == "replay"
+    model = model_of(job, device, trace.spec)
     of_model = spec_of(model)
-    slots = asked.slots(of_model.num_experts)
-    scenario = make_scenario(
+    scenario = scenario_of(
+        job,
+        trace,
         _with_widths(trace.spec, of_model) if replay else trace.spec,
-        trace.table(stack),
-        phase=phase,
         gpus=1,
-        workload=job.workload,
-        extra_slots=job.extra_slots,
-        resident=slots,
-        max_steps=job.max_steps,
-        request_texts=trace.request_texts,
-        gates=trace.gates(stack),
+        resident=asked.slots(of_model.num_experts),
+        gates=trace.gates(STACK_OF_PHASE[phase]),
     )
     texts: dict[str, Any] = {}
     if phase is Phase.DECODE and not replay and "encoder" in trace.stacks:
@@ -77,32 +65,22 @@ def run_offload(job: Job, asked: Offloading, say: Say) -> list[Result]:
             policies,
             repeats=job.repeats,
             warmup=job.warmup,
-            say=lambda what, done: say(done, what),
+            say=say,
             decisions=job.decisions,
             spans=job.timeline,
         )
-    config = {
-        "model": job.random or model_name(job.model),
-        "weights": "random" if job.random else "loaded",
-        **({} if replay else {"model_digest": trace.model_digest}),
-        "trace": Path(job.trace).name,
-        "dtype": job.dtype,
-        "repeats": job.repeats,
-        "warmup": job.warmup,
-        "utilisation": seen.to_dict(),
-    }
-    results = results_of(passes, policies, run, config)
+    results = results_of(passes, policies, run, {**describe_job(job), "utilisation": seen.to_dict()})
     leave_results(job, results, passes)
     return results
 
 
-def calibrate_offload(job: Job, asked: Offloading, say: Say) -> HardwareProfile:
+def calibrate_offload(job: Job, asked: Offloading, say: Progress) -> HardwareProfile:
     """A profile for the job's phase, batch and number of slots, from made-up routing. Raises InputError where the model
     cannot be used, or a policy cannot be fitted on ids alone."""
     say(0.0, "loading the model")
     device, phase = torch.device(job.device), Phase[job.phase.upper()]
     stack = STACK_OF_PHASE[phase]
-    model = random_model(job.dtype) if not (job.model or job.random) else _model(job, stack, device)
+    model = model_of(job, device)
     spec = spec_of(model)
     if stack not in [one.name for one in spec.stacks]:
         raise InputError(f"the model has no MoE layers in its {stack}")
@@ -114,7 +92,7 @@ def calibrate_offload(job: Job, asked: Offloading, say: Say) -> HardwareProfile:
     run.graph()
     policies = [resident, *(_policy(name, scenario) for name in job.policies if name != RESIDENT)]
     passes = run_interleaved(
-        run, policies, repeats=2, warmup=1, say=lambda what, done: say(0.3 + 0.7 * done, f"decisions of {what}")
+        run, policies, repeats=2, warmup=1, say=lambda done, what: say(0.3 + 0.7 * done, f"decisions of {what}")
     )
     return profile_of(run, known, passes, RESIDENT, "measured-offload")
 
@@ -148,12 +126,6 @@ def _made_up(spec: ModelSpec, job: Job, phase: Phase, slots: int) -> Scenario:
 def _policy(name: str, scenario: Scenario) -> Policy:
     slots = scenario.cluster.resident if recipe(name).miss is not None else None
     return make_policy(name, replace(scenario.cluster, resident=slots), scenario.fit, scenario.gates)
-
-
-def _model(job: Job, stack: str, device: torch.device, spec: ModelSpec | None = None) -> Any:
-    if not job.random:
-        return load_model(Path(job.model), job.dtype)
-    return random_weights(job.random, job.dtype, device, spec, stack)
 
 
 def _with_widths(spec: ModelSpec, model: ModelSpec) -> ModelSpec:

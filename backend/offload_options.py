@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from moesim.traces import InputError
 
 PHASES = ("encoder", "decode")
+RESIDENT = "contiguous"
+"""The policy that keeps every expert on the device, however many slots the others have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

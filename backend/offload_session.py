@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from moesim.backend.attention import fuse_norms
+from moesim.backend.job import Progress
 from moesim.backend.offload import Offload
 from moesim.backend.prompts import request_states
-from moesim.backend.session import Pass, device_name, summarise, versions
+from moesim.backend.session import Pass, device_facts, summarise, take_turns
 from moesim.backend.slots import FULL
 from moesim.backend.switch import check_trace
 from moesim.backend.walk import Choices, DecodeWalk, EncoderWalk, Known, Walk
@@ -87,8 +89,7 @@ class OffloadRun:
             model.to(device)
             fuse_norms(model)
         self.offload = offload
-        if not replay:
-            check_trace(scenario.spec, stack, self.offload.patched)
+        check_trace(scenario.spec, stack, self.offload.patched, replay=replay)
         self._stack = getattr(model, stack)
         self._choices = Choices(self._stack, scenario.run if replay else None)
         self._states: dict[int, Any] = {}
@@ -213,21 +214,13 @@ def run_interleaved(
     *,
     repeats: int,
     warmup: int,
-    say: Callable[[str, float], None] | None = None,
+    say: Progress | None = None,
     decisions: bool = False,
     spans: bool = False,
 ) -> dict[str, list[Pass]]:
-    """Policy to its counted passes, after `warmup` of each that are not counted; all policies take turns."""
-    passes: dict[str, list[Pass]] = {policy.name: [] for policy in policies}
-    for repeat in range(-warmup, repeats):
-        for number, policy in enumerate(policies):
-            if say:
-                done = ((repeat + warmup) * len(policies) + number) / ((warmup + repeats) * len(policies))
-                say(f"{policy.name}: " + (f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up"), done)
-            found = run.run(policy, DecisionLog() if decisions else None, spans=spans)
-            if repeat >= 0:
-                passes[policy.name].append(found)
-    return passes
+    """Policy to its counted passes; see `take_turns`."""
+    one = partial(run.run, spans=spans)
+    return take_turns(one, policies, repeats=repeats, warmup=warmup, say=say, decisions=decisions)
 
 
 def results_of(
@@ -249,12 +242,7 @@ def results_of(
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Device, its name, threads and library versions."""
-    return {
-        "device": device.type,
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
+    return {**device_facts(device), "threads": torch.get_num_threads()}
 
 
 def host_seconds(offload: Offload, repeats: int = 3) -> list[float]:

@@ -9,7 +9,7 @@ T tokens of the step, N tokens of this rank, D = d_model, E experts, G ranks, L 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from moesim.backend.clock import clock_of
+from moesim.backend.clock import Clock
 from moesim.backend.copies import Arrival, Copies
 from moesim.backend.experts import ExpertSlots
 from moesim.backend.measure import Timeline
 from moesim.backend.ranks import Ranks
-from moesim.backend.shares import Encoder, Share, forward, shares
+from moesim.backend.shares import Encoder, Share, check_scenario, forward, shares
 from moesim.backend.switch import Routed, SwitchStack, check_trace, patch
 from moesim.predictors import RoutedLayer
 from moesim.sim.dispatch import Ints
@@ -32,7 +32,7 @@ from moesim.sim.residency import EMPTY, Residency
 from moesim.sim.results import StepRecord
 from moesim.sim.scenario import Scenario, StepInput, rank_counts
 from moesim.sim.timeline import Span
-from moesim.traces import InputError, Phase, TokenTable, id_dtype
+from moesim.traces import Phase, TokenTable, id_dtype
 
 Keep = Callable[[int, torch.Tensor], None]
 """Takes a step's number and this rank's last hidden states [N, D]."""
@@ -76,35 +76,38 @@ def route(send_FEG: Ints, rank: int, ids_N: NDArray[np.integer], dropped_N: NDAr
 class Executor:
     """Runs policies over the steps of a scenario, as one rank of a group. Patches `model` in place.
 
-    Raises InputError where the recording and the model do not fit together.
+    `routing` as of PartitionExecutor. Raises InputError where the recording and the model do not fit together.
     """
 
-    def __init__(self, ranks: Ranks, model: Any, scenario: Scenario, encoder_table: TokenTable | None = None) -> None:
-        self.ranks = ranks
+    def __init__(
+        self,
+        ranks: Ranks,
+        model: Any,
+        scenario: Scenario,
+        encoder_table: TokenTable | None = None,
+        *,
+        routing: str = "model",
+    ) -> None:
+        self.ranks, self._replay = ranks, routing == "replay"
+        check_scenario(scenario, routing, encoder_table)
         encode = None
-        if scenario.phase is Phase.DECODE:
-            raise InputError("the decode phase is not available on real devices yet: use encoder or prefill")
-        if scenario.workload.chunked:
-            raise InputError("chunked prefill is not available on real devices yet: leave --chunked away")
-        if scenario.phase is Phase.PREFILL:
-            if encoder_table is None:
-                raise InputError("prefill needs the encoder's tokens too: record both stacks")
+        if scenario.phase is Phase.PREFILL and encoder_table is not None:
             encode = Encoder(model.encoder.to(ranks.device), encoder_table, ranks.device)
         stack = getattr(model, scenario.stack)
         self.patched: SwitchStack = patch(stack, self._exchange)
-        check_trace(scenario.spec, scenario.stack, self.patched)
+        check_trace(scenario.spec, scenario.stack, self.patched, replay=self._replay)
         stack.to(ranks.device)
         self.take(scenario, encode)
         cluster = scenario.cluster
         self.slots = ExpertSlots(
             cluster.layers * cluster.layer_slots, self.patched.shape, self.patched.activation, ranks.device
         )
-        self._clock = clock_of(ranks.device)
+        self._clock = Clock(ranks.device)
 
     def take(self, scenario: Scenario, encode: Encoder | None = None) -> None:
         """Prepare the steps of a scenario (of the same cluster, after the first one)."""
         self.scenario = scenario
-        self._shares = shares(scenario, self.ranks.rank, self.ranks.device, encode)
+        self._shares = shares(scenario, self.ranks.rank, self.ranks.device, encode, replay=self._replay)
 
     @property
     def residency(self) -> Residency:
@@ -177,6 +180,7 @@ class Executor:
     def _exchange(self, layer: int, routed: Routed) -> torch.Tensor:
         """[N, D] what stands in the place of the model's experts; marks are those of measure.LAYER_MARKS."""
         driver, clock, rank = self._driver, self._clock, self.ranks.rank
+        routed = replace(routed, **self._share.forced(layer))
         clock.mark()
         ids_T, dropped_T = self._agree(routed)
         clock.mark()

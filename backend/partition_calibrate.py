@@ -7,7 +7,6 @@ layers, N samples.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from moesim.backend.fit import Floats, fit_link
 from moesim.backend.partition_fit import PartitionRates, PhaseSamples, fit_partitions
 from moesim.backend.partitions import PartitionExecutor
 from moesim.backend.queues import Moment
+from moesim.backend.rates import Work, copy_work, matmul_work, memory_bytes
 from moesim.backend.session import device_name, versions
 from moesim.backend.synthetic import synthetic_scenario
 from moesim.sim.cost import RankTokens
@@ -82,9 +82,9 @@ def calibrate_partitions(
     say(0.85, "copies and memory")
     copies, contention = _copies(work, effort)
     rates = PartitionRates(
-        memory_bytes=_memory_bytes(executor.device),
-        bytes_per_s=_rate(executor, _copy_work(executor)) / work.gpus,
-        flops_per_s=_rate(executor, _matmul_work(executor, dtype)) / work.gpus,
+        memory_bytes=memory_bytes(executor.device),
+        bytes_per_s=_rate(executor, copy_work(executor.device)) / work.gpus,
+        flops_per_s=_rate(executor, matmul_work(executor.device, getattr(torch, dtype))) / work.gpus,
         ranks=ranks,
         attention_s=attention_s,
     )
@@ -102,6 +102,7 @@ def calibrate_partitions(
         name=f"measured-{work.gpus}-partitions",
         provenance=Provenance(
             kind="measured",
+            executor="partitions",
             device=f"{work.gpus} partitions of {device_name(executor.device)} ({executor.groups.kind})",
             date=datetime.now(UTC).date().isoformat(),
             driver=f"CUDA {torch.version.cuda}" if executor.device.type == "cuda" else "",
@@ -287,7 +288,7 @@ def _one_copy(work: _Work, nbytes: int, gpu: int) -> tuple[Moment, Moment]:
     half = len(target) // 2
     size = min(nbytes, half)
     begin = queue.record()
-    queue.run(lambda: _discard(target[half : half + size].copy_(source[:size], non_blocking=True)))
+    queue.run(lambda: target[half : half + size].copy_(source[:size], non_blocking=True))
     return begin, queue.record()
 
 
@@ -297,7 +298,7 @@ def _waited(moments: list[tuple[Moment, Moment]]) -> list[tuple[Moment, Moment]]
     return moments
 
 
-def _rate(executor: PartitionExecutor, work: tuple[float, Callable[[], None]]) -> float:
+def _rate(executor: PartitionExecutor, work: Work) -> float:
     """Amount of work a second on the whole device."""
     amount, do = work
     main = executor.queues.main
@@ -311,29 +312,5 @@ def _rate(executor: PartitionExecutor, work: tuple[float, Callable[[], None]]) -
     return amount / float(np.median(taken[1:]))
 
 
-def _copy_work(executor: PartitionExecutor) -> tuple[float, Callable[[], None]]:
-    nbytes = 2**29 if executor.device.type == "cuda" else 2**24
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=executor.device)
-    target = torch.empty_like(source)
-    return 2.0 * nbytes, lambda: _discard(target.copy_(source))
-
-
-def _matmul_work(executor: PartitionExecutor, dtype: str) -> tuple[float, Callable[[], None]]:
-    n = 4096 if executor.device.type == "cuda" else 256
-    a = torch.randn((n, n), device=executor.device).to(getattr(torch, dtype))
-    return 2.0 * n**3, lambda: _discard(a @ a)
-
-
 def _silent(_share: float, _what: str) -> None:
     """Nobody wants to know."""
-
-
-def _discard(_: torch.Tensor) -> None:
-    """What was computed does not matter."""
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Memory of one partition: the whole device's, as each has its own copies in it."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

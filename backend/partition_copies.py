@@ -92,9 +92,8 @@ class PartitionCopies:
         kept = torch.empty_like(row_P)
         # The memory is of the main stream's pool; what it was used for there is behind us, as the host has waited.
         queue.run(lambda: _write(kept, row_P))
-        if row_P.device.type == "cuda":
-            for other in self._queues.copy:
-                kept.record_stream(other.stream)  # type: ignore[attr-defined]
+        for other in self._queues.copy:
+            other.keep(kept)
         return kept, queue.record()
 
     def _issue(self, t: Transfer, source: Place, aside: dict[Place, tuple[torch.Tensor, Moment]]) -> None:

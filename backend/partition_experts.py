@@ -11,52 +11,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from moesim.backend import kernels
-from moesim.backend.experts import ExpertShape, Key
-from moesim.backend.grouped import SlotWeights, choose
+from moesim.backend.experts import ExpertShape, ExpertSlots
+from moesim.backend.grouped import Activation, Groups, SlotWeights, choose, grouped_mlp
 from moesim.sim.residency import Cluster
 from moesim.traces import InputError
 
 KERNELS = ("triton", "loop")
 
 
-class PartitionSlots:
+class PartitionSlots(ExpertSlots):
     """The slots of one partition, [L x S, P] in one piece; who may compute from which is the Residency's to say."""
 
-    def __init__(self, cluster: Cluster, shape: ExpertShape, activation: str, device: torch.device) -> None:
-        self.rows_SP = torch.zeros((cluster.gpu_slots, shape.params), dtype=shape.dtype, device=device)
-        self._cluster, self._shape, self._activation = cluster, shape, activation
-        self._slot_of: dict[Key, int] = {}
-        self._key_of: dict[int, Key] = {}
-        self._layers = [self._weights(layer) for layer in range(cluster.layers)]
+    def __init__(
+        self, cluster: Cluster, shape: ExpertShape, activation: Activation | str, device: torch.device
+    ) -> None:
+        super().__init__(cluster.gpu_slots, shape, activation, device)
+        windows = [cluster.slots_of(layer) for layer in range(cluster.layers)]
+        self._layers = [self.weights.window(window.start, window.stop) for window in windows]
 
     def layer(self, layer: int) -> SlotWeights:
         """The weights in the slots of one layer."""
         return self._layers[layer]
-
-    def claim(self, slot: int, key: Key) -> torch.Tensor:
-        """[P] the slot's row, which the caller fills with this expert; what was there is forgotten."""
-        before = self._key_of.get(slot)
-        if before is not None and self._slot_of.get(before) == slot:
-            del self._slot_of[before]
-        self._slot_of[key], self._key_of[slot] = slot, key
-        return self.rows_SP[slot]
-
-    def slot(self, key: Key) -> int:
-        """Where the expert is, also when its slot has been promised to another that has not been claimed yet."""
-        return self._slot_of[key]
-
-    def _weights(self, layer: int) -> SlotWeights:
-        window = self._cluster.slots_of(layer)
-        return SlotWeights.of_rows(
-            self.rows_SP[window.start : window.stop],
-            d_model=self._shape.d_model,
-            d_ff=self._shape.d_ff,
-            activation=self._activation,
-            gated=False,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +46,6 @@ class Work:
     """int64, the partition's tokens, slot by slot."""
     offsets_S1: torch.Tensor
     """int32 [S + 1] on the device: slot s computes tokens offsets[s] to offsets[s + 1]."""
-    tokens_S: list[int]
-    """The same on the host, as counts."""
     scale_T: torch.Tensor
     """Of every token, multiplied with its output in the dtype of x."""
     out_TD: torch.Tensor
@@ -87,10 +62,10 @@ def compute(work: Work, weights: SlotWeights, slot_S: torch.Tensor, kernel: str)
     if kernel == "triton":
         _triton(work, weights, slot_S)
         return
-    x_MD = work.x_TD.index_select(0, work.token_M)
-    y_MD = _loop(work, weights, x_MD)
-    scaled_MD = y_MD * work.scale_T.index_select(0, work.token_M)[:, None]
-    work.out_TD.index_copy_(0, work.token_M, scaled_MD.to(work.out_TD.dtype))
+    x_MD, scale_M = (every_T.index_select(0, work.token_M) for every_T in (work.x_TD, work.scale_T))
+    in_order_M = torch.arange(len(x_MD), device=x_MD.device)
+    groups = Groups(order_M=in_order_M, offsets_X1=work.offsets_S1, slot_X=slot_S, every_slot=True)
+    work.out_TD.index_copy_(0, work.token_M, grouped_mlp(x_MD, groups, weights, scale_M, kernel=kernel))
 
 
 def kernel_of(asked: str, x_ND: torch.Tensor, weights: SlotWeights) -> str:
@@ -119,12 +94,3 @@ def _triton(work: Work, weights: SlotWeights, slot_S: torch.Tensor) -> None:
     )
     tile = kernels.tile_of(work.tile_rows, slots, D, itemsize=itemsize)
     kernels.grouped_down(h_MF, work.token_M, work.scale_T, *bounds, weights.down_SDF, work.out_TD, tile=tile)
-
-
-def _loop(work: Work, weights: SlotWeights, x_MD: torch.Tensor) -> torch.Tensor:
-    parts = []
-    for slot, x_ND in enumerate(torch.split(x_MD, work.tokens_S)):
-        if len(x_ND):
-            inner_NF = weights.act(functional.linear(x_ND, weights.up_SFD[slot]))
-            parts.append(functional.linear(inner_NF, weights.down_SDF[slot]))
-    return torch.cat(parts)

@@ -103,13 +103,6 @@ def fit_partitions(
     return gpu, {"experts": error, "attention": off}
 
 
-def phase_seconds(tokens_NEG: Ints, gpu: Gpu, spec: ModelSpec, dtype: str) -> Floats:
-    """[N, G] what the cost model says of each sample."""
-    distinct_NG, rows_NG = _counts(tokens_NEG, gpu.tile_rows)
-    alone_NG = expert_seconds_of(distinct_NG, rows_NG, gpu, spec, dtype)
-    return together_seconds(alone_NG, gpu.shared_slowdown)
-
-
 def _fit_experts(
     samples: PhaseSamples, rates: PartitionRates, spec: ModelSpec, dtype: str, tile: int
 ) -> tuple[Gpu, float]:

@@ -25,7 +25,6 @@ from moesim.backend.gate import Gate
 from moesim.backend.green import Groups, split
 from moesim.backend.grouped import activation_name
 from moesim.backend.partition_copies import PartitionCopies
-from moesim.backend.partition_inputs import StepShare, check_scenario, whole_steps
 from moesim.backend.partition_measure import (
     PartitionSpan,
     Shares,
@@ -37,7 +36,7 @@ from moesim.backend.partition_measure import (
 )
 from moesim.backend.partition_plan import Plan, make_plan, message_size, offsets_width, place
 from moesim.backend.queues import Moment, Queues
-from moesim.backend.shares import Encoder, forward
+from moesim.backend.shares import Encoder, Share, check_scenario, forward, shares
 from moesim.backend.switch import Routed, SwitchStack, check_trace, patch
 from moesim.predictors import RoutedLayer
 from moesim.sim.dispatch import Ints
@@ -47,7 +46,7 @@ from moesim.sim.residency import EMPTY, Residency
 from moesim.sim.results import StepRecord
 from moesim.sim.scenario import Scenario, StepInput, rank_counts
 from moesim.sim.timeline import Span
-from moesim.traces import InputError, Phase, TokenTable, id_dtype
+from moesim.traces import Phase, TokenTable, id_dtype
 
 Beside = Callable[[Moment], None]
 
@@ -79,13 +78,7 @@ class PartitionExecutor:
             encode = Encoder(model.encoder.to(device), encoder_table, device)
         stack = getattr(model, scenario.stack)
         self.patched: SwitchStack = patch(stack, self._exchange)
-        if routing == "model":
-            check_trace(scenario.spec, scenario.stack, self.patched)
-        elif (scenario.spec.num_experts, scenario.cluster.layers) != (self.patched.experts, len(self.patched.layers)):
-            raise InputError(
-                f"the trace has {scenario.cluster.layers} MoE layers of {scenario.spec.num_experts} experts, the model "
-                f"{len(self.patched.layers)} of {self.patched.experts}: replay needs equal ones"
-            )
+        check_trace(scenario.spec, scenario.stack, self.patched, replay=routing == "replay")
         stack.to(device)
         cluster = scenario.cluster
         self._own_groups = groups is None
@@ -105,8 +98,8 @@ class PartitionExecutor:
     def take(self, scenario: Scenario, encode: Encoder | None = None) -> None:
         """Prepare the steps of a scenario (of the same cluster, after the first one)."""
         self.scenario = scenario
-        self._shares = whole_steps(scenario, self.device, encode, replay=self.routing == "replay")
-        longest = max((len(step.tokens) for step in self._shares), default=0)
+        self._shares = shares(scenario, None, self.device, encode, replay=self.routing == "replay")
+        longest = max((share.tokens for share in self._shares), default=0)
         on_gpu = self.device.type == "cuda"
         c = scenario.cluster
         self._tile_rows = max(longest // c.gpus, 1)
@@ -125,9 +118,9 @@ class PartitionExecutor:
         """All steps under `policy`, from its starting placement. `keep(number, hidden_TD)` is given every output."""
         self.begin(policy, sink)
         records = []
-        for number, share in enumerate(self._shares):
+        for number, (step, share) in enumerate(zip(self.scenario.steps(), self._shares, strict=True)):
             self._arrivals: list[Arrival] = []
-            hidden_TD = self._step(share)
+            hidden_TD = self._step(step, share)
             self.shares.append(Shares(policy.cluster.gpus))
             nbytes = self.patched.shape.bytes
             self._spans += step_spans(self._moments, self._run_s)
@@ -135,7 +128,7 @@ class PartitionExecutor:
                 step_record(
                     self._moments,
                     self.shares[-1],
-                    tokens=len(share.tokens),
+                    tokens=share.tokens,
                     moved=len(self._arrivals) * nbytes,
                     hidden=sum(arrival.hidden for arrival in self._arrivals) * nbytes,
                 )
@@ -198,7 +191,14 @@ class PartitionExecutor:
 
     def describe(self) -> dict[str, Any]:
         """What results say of this executor."""
-        return {**self.groups.describe(), "kernel": self.kernel, "routing": self.routing, "gate": self._gate.on}
+        about = self.groups.describe()
+        return {
+            "executor": "partitions",
+            **about,
+            "kernel": self.kernel,
+            "routing": self.routing,
+            "gate": self._gate.on,
+        }
 
     def close(self) -> None:
         """End threads and, where this executor made them, streams and contexts."""
@@ -218,17 +218,17 @@ class PartitionExecutor:
                 row_P.copy_(self.patched.weights_LE[layer][expert])
         self.queues.synchronize()
 
-    def _step(self, share: StepShare) -> torch.Tensor:
-        main, step = self.queues.main, share.step
-        self._share = share
-        self.patched.real.index_N = share.share.real_N
+    def _step(self, step: StepInput, share: Share) -> torch.Tensor:
+        main = self.queues.main
+        self._input, self._share = step, share
+        self.patched.real.index_N = share.real_N
         # The main queue is empty, and with it the partitions'; copies may be under way, and nobody waits for them.
         self._moments = moments = StepMoments(main.record())
         self._copies.start(self._driver.begin_step(step.tokens, queued=step.queued, truth=(step.ids, step.queued_ids)))
         moments.decided = main.record()
         self._arrive(self._copies.wait_blocking(self.residency))
         moments.unblocked = main.record()
-        hidden_TD = forward(self.patched.stack, share.share)
+        hidden_TD = forward(self.patched.stack, share)
         moments.end = main.record()
         moments.end.wait()
         return hidden_TD
@@ -237,8 +237,7 @@ class PartitionExecutor:
         """[T, D] what stands in the place of the model's experts; moments are those of measure.LAYER_MOMENTS."""
         main, driver = self.queues.main, self._driver
         at: dict[str, Moment] = {"routed": main.record()}
-        if self.routing == "replay":
-            routed = replace(routed, ids_N=self._share.ids_TL[:, layer], dropped_N=self._share.dropped_TL[:, layer])
+        routed = replace(routed, **self._share.forced(layer))
         in_order = self._sorted(routed)
         ids_T, dropped_T = self._to_host(routed)
         at["gathered"] = main.record()
@@ -248,7 +247,7 @@ class PartitionExecutor:
         self._arrive(self._copies.wait_blocking(driver.residency))
         at["unblocked"] = main.record()
         self._copies.needed(layer)
-        plan = self._planned(layer, self._share.step, ids_T, dropped_T)
+        plan = self._planned(layer, ids_T, dropped_T)
         at["split"] = main.record()
         out_TD, spans_G, tokens_G = self._experts(layer, routed, plan, in_order, at)
         self._moments.layers.append(at)
@@ -279,7 +278,6 @@ class PartitionExecutor:
                 x_TD=routed.x_ND,
                 token_M=token_T[first : first + tokens],
                 offsets_S1=message[gpu * width : gpu * width + c.layer_slots + 1],
-                tokens_S=plan.tokens_GS[gpu].tolist(),
                 scale_T=routed.prob_N,
                 out_TD=out_TD,
                 tile_rows=self._tile_rows,
@@ -337,9 +335,9 @@ class PartitionExecutor:
         code = code_T.numpy()
         return (code // 2).astype(id_dtype(self.patched.experts)), code % 2 == 1
 
-    def _planned(self, layer: int, step: StepInput, ids_T: NDArray[Any], dropped_T: NDArray[np.bool_]) -> Plan:
+    def _planned(self, layer: int, ids_T: NDArray[Any], dropped_T: NDArray[np.bool_]) -> Plan:
         driver = self._driver
-        counts_GE = rank_counts(ids_T[:, None], dropped_T, step.rank, driver.cluster)
+        counts_GE = rank_counts(ids_T[:, None], dropped_T, self._input.rank, driver.cluster)
         tokens_EG = driver.dispatch(counts_GE).sum(axis=0)
         # A slot whose copy is still under way gets no tokens: the split is over what is usable.
         return make_plan(tokens_EG, driver.residency.experts_GS(layer))

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moesim.backend.walk import RequestState, by_head
+from moesim.backend.blocks import by_head
+from moesim.backend.walk import RequestState
 from moesim.sim.scenario import Scenario
 from moesim.traces import InputError, TokenTable, vocabulary_ids
 

@@ -107,7 +107,7 @@ def measure(folder: Path, trace: Trace, settings: Settings, progress: Progress |
     options: dict[str, Any] = {"copy_dtype": settings.copy_dtype, "asynchronous": settings.asynchronous}
     offloads: dict[str, Offload] = {stack: Offload(model, stack, device, **options) for stack in STACKS}
     for stack, offload in offloads.items():
-        check_trace(trace.spec, stack, offload.patched)
+        check_trace(trace.spec, stack, offload.patched, replay=False)
     model.to(device)
     config = _config(trace, settings, inputs, sum(len(one.best_N) for one in wanted))
     found = []

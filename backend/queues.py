@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moesim.backend.cuda import recorded
 from moesim.backend.green import Groups
 
 
@@ -32,7 +33,7 @@ class Moment(Protocol):
 class Queue(Protocol):
     """Takes work and does it in order."""
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """Give it work; on a GPU `work` is called now and launches kernels, which run in the queue's turn."""
 
     def after(self, moment: Any) -> None:
@@ -41,17 +42,19 @@ class Queue(Protocol):
     def record(self) -> Moment:
         """A moment behind all that was given so far."""
 
+    def keep(self, used: torch.Tensor) -> None:
+        """The allocator gives its memory away only when what the queue was given so far is done with it."""
+
 
 class StreamMoment:
     """A CUDA event."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch gives it no types
-        self.event.record(stream)
+        self.event = recorded(stream)
 
     def done(self) -> bool:
         """See Moment."""
-        return bool(self.event.query())  # type: ignore[no-untyped-call]
+        return bool(self.event.query())
 
     def wait(self) -> None:
         """See Moment."""
@@ -73,7 +76,7 @@ class StreamQueue:
         """The stream."""
         return self._stream or torch.cuda.current_stream(self._device)
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """See Queue."""
         with torch.cuda.stream(self.stream):
             work()
@@ -85,6 +88,10 @@ class StreamQueue:
     def record(self) -> StreamMoment:
         """See Queue."""
         return StreamMoment(self.stream)
+
+    def keep(self, used: torch.Tensor) -> None:
+        """See Queue."""
+        used.record_stream(self.stream)
 
 
 class HostMoment:
@@ -113,7 +120,7 @@ class ThreadQueue:
         self._pool = ThreadPoolExecutor(1, name)
         self._failure: BaseException | None = None
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """See Queue."""
         self._pool.submit(self._do, work)
 
@@ -125,11 +132,14 @@ class ThreadQueue:
         """See Queue."""
         return HostMoment(self._pool.submit(self._now))
 
+    def keep(self, used: torch.Tensor) -> None:
+        """Work that is queued holds what it uses."""
+
     def close(self) -> None:
         """Finish what was given, and end the thread."""
         self._pool.shutdown()
 
-    def _do(self, work: Callable[[], None]) -> None:
+    def _do(self, work: Callable[[], object]) -> None:
         if self._failure is not None:
             return
         try:
@@ -147,7 +157,7 @@ class ThreadQueue:
 class HostQueue:
     """The host itself: work is done when it is given."""
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """See Queue."""
         work()
 
@@ -160,6 +170,9 @@ class HostQueue:
         now: Future[float] = Future()
         now.set_result(time.perf_counter())
         return HostMoment(now)
+
+    def keep(self, used: torch.Tensor) -> None:
+        """Nothing is queued."""
 
 
 class Queues:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesim.backend import routing_kernels
+from moesim.backend import kernels, routing_kernels
 from moesim.backend.grouped import sort_key
 
 LIGHT = "SwitchTransformersTop1Router"
@@ -58,7 +58,7 @@ def _narrow_choice(x_BSD: torch.Tensor, weight_ED: torch.Tensor) -> tuple[torch.
     gives, but for the order of the sum, without a float32 copy of x and at the rate of tensor cores.
     """
     logits_ME = torch.mm(x_BSD.reshape(-1, x_BSD.shape[-1]), weight_ED.t(), out_dtype=torch.float32)
-    if routing_kernels.HAVE_TRITON:
+    if kernels.HAVE_TRITON:
         ids_M, prob_M = routing_kernels.choose(logits_ME, x_BSD.dtype)
     else:
         prob_M, ids_M = torch.softmax(logits_ME, dim=-1).to(x_BSD.dtype).max(dim=-1)
@@ -77,7 +77,7 @@ def _narrowed(classifier: nn.Linear) -> dict[torch.dtype, torch.Tensor]:
 def drop_over_capacity(ids_BS: torch.Tensor, experts: int, capacity: int) -> torch.Tensor:
     """[B, S] the same ids, `experts` where `capacity` tokens before it in the sequence had chosen the same expert."""
     batch, length = ids_BS.shape
-    if routing_kernels.HAVE_TRITON and ids_BS.is_cuda and length <= routing_kernels.MOST_LENGTH:
+    if kernels.HAVE_TRITON and ids_BS.is_cuda and length <= routing_kernels.MOST_LENGTH:
         return routing_kernels.drop(ids_BS.contiguous(), experts, capacity)
     ids_M = ids_BS.reshape(-1)
     # Stable, so what is sorted by expert is sorted by sequence and position within it.

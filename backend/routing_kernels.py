@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import torch
 
-try:
+from moesim.backend.kernels import HAVE_TRITON, power_of_two
+
+if HAVE_TRITON:
     from moesim.backend import triton_routing
-except ImportError:  # a build of torch for the CPU comes without triton
-    HAVE_TRITON = False
-else:
-    HAVE_TRITON = True
 
 MOST_PAIRS = 4096
 """Pairs up to which comparing all of them is faster than a sort."""
@@ -33,7 +31,7 @@ def choose(logits_ME: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
     if M:
         rows = 16 if E <= 256 else 4
         grid = (-(-M // rows),)
-        triton_routing.choose[grid](logits_ME, ids_M, prob_M, M, E, EXPERTS=_power(E), ROWS=rows)
+        triton_routing.choose[grid](logits_ME, ids_M, prob_M, M, E, EXPERTS=power_of_two(E), ROWS=rows)
     return ids_M, prob_M
 
 
@@ -54,8 +52,3 @@ def group(ids_M: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor
     grid = (pieces + -(-(experts + 1) // ROWS),)
     triton_routing.group[grid](ids_M, order_M, offsets_X1, M, experts, pieces, ROWS=ROWS)
     return order_M, offsets_X1
-
-
-def _power(size: int) -> int:
-    """The least power of two, from 2 on, that is not smaller."""
-    return 1 << max((size - 1).bit_length(), 1)

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from moesim.backend.hub import model_name
-from moesim.backend.job import Job
+from moesim.backend.job import Job, Progress
+from moesim.backend.loading import describe_job, inputs_of, model_of
 from moesim.backend.parallel import Executor
 from moesim.backend.ranks import Ranks
-from moesim.backend.switch import load_model
 from moesim.backend.utilisation import watched
 from moesim.sim.driver import DecisionLog, Sink
 from moesim.sim.policies import Policy, make_policy
 from moesim.sim.results import Result, StepRecord, save_results
-from moesim.sim.scenario import STACK_OF_PHASE, Scenario, make_scenario
 from moesim.sim.timeline import Span
-from moesim.traces import Phase
+from moesim.traces.store import Trace
 
 
 class Pass(NamedTuple):
@@ -46,12 +46,23 @@ def run_policies(job: Job, ranks: Ranks) -> list[Result]:
 
     Raises InputError where model, trace and options do not fit together.
     """
-    executor = _executor(job, ranks)
-    scenario = executor.scenario
+    say = partial(job.say, ranks.rank)
+    say(0.0, "loading the model")
+    trace = Trace.open(Path(job.trace))
+    model = model_of(job, ranks.device, trace.spec)
+    scenario, encoder_table = inputs_of(job, trace, model, gpus=ranks.size)
+    executor = Executor(ranks, model, scenario, encoder_table, routing=job.routing)
     policies = [make_policy(name, scenario.cluster, scenario.fit) for name in job.policies]
     with watched(ranks.device) as seen:
-        passes = run_interleaved(executor, policies, job, ranks.rank)
-    config = {**describe(job, scenario, ranks), "utilisation": seen.to_dict()}
+        passes = run_interleaved(executor, policies, job, say, decisions=job.decisions and ranks.rank == 0)
+    config = {
+        **scenario.config(),
+        **describe_job(job),
+        "executor": "ranks",
+        "ranks": ranks.size,
+        **describe_device(ranks),
+        "utilisation": seen.to_dict(),
+    }
     results = [summarise(name, passes[name], config) for name in job.policies]
     if ranks.rank == 0:
         leave_results(job, results, passes)
@@ -79,21 +90,39 @@ class Runs(Protocol):
         """What happened when in the last run."""
 
 
-def run_interleaved(executor: Runs, policies: list[Policy], job: Job, rank: int = 0) -> dict[str, list[Pass]]:
-    """The counted passes of every policy, in order, after `job.warmup` passes of each that are not counted."""
+def run_interleaved(
+    executor: Runs, policies: Sequence[Policy], job: Job, say: Progress, *, decisions: bool
+) -> dict[str, list[Pass]]:
+    """Policy to its counted passes, as many as the job asks for; `decisions`: with their logs."""
+
+    def one(policy: Policy, log: DecisionLog | None) -> Pass:
+        records = executor.run(policy, log)
+        spans = executor.spans() if job.timeline else []
+        return Pass(records, executor.scores(), log.text() if log else "", spans)
+
+    return take_turns(one, policies, repeats=job.repeats, warmup=job.warmup, say=say, decisions=decisions)
+
+
+def take_turns(
+    one: Callable[[Policy, DecisionLog | None], Pass],
+    policies: Sequence[Policy],
+    *,
+    repeats: int,
+    warmup: int,
+    say: Progress | None = None,
+    decisions: bool = False,
+) -> dict[str, list[Pass]]:
+    """Policy to its counted passes, after `warmup` of each that are not counted; all policies take turns. `one` makes
+    a pass, and is given a log where there are to be `decisions`."""
     passes: dict[str, list[Pass]] = {policy.name: [] for policy in policies}
-    total = (job.warmup + job.repeats) * len(policies)
-    done = 0
-    for repeat in range(-job.warmup, job.repeats):
-        for policy in policies:
-            counting = f"repeat {repeat + 1} of {job.repeats}" if repeat >= 0 else "warming up"
-            job.say(rank, done / total, f"{policy.name}: {counting}")
-            log = DecisionLog() if job.decisions and rank == 0 else None
-            records = executor.run(policy, log)
-            if repeat >= 0:
-                spans = executor.spans() if job.timeline else []
-                passes[policy.name].append(Pass(records, executor.scores(), log.text() if log else "", spans))
-            done += 1
+    turns = list(product(range(-warmup, repeats), policies))
+    for done, (repeat, policy) in enumerate(turns):
+        if say:
+            counting = f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up"
+            say(done / len(turns), f"{policy.name}: {counting}")
+        found = one(policy, DecisionLog() if decisions else None)
+        if repeat >= 0:
+            passes[policy.name].append(found)
     return passes
 
 
@@ -117,30 +146,18 @@ def summarise(policy: str, passes: list[Pass], config: dict[str, Any]) -> Result
     )
 
 
-def describe(job: Job, scenario: Scenario, ranks: Ranks) -> dict[str, Any]:
-    """Everything that the measured numbers depend on, JSON types."""
-    return {
-        **scenario.config(),
-        "model": model_name(job.model),
-        "trace": Path(job.trace).name,
-        "ranks": ranks.size,
-        "dtype": job.dtype,
-        "routing": "model",
-        "repeats": job.repeats,
-        "warmup": job.warmup,
-        **describe_device(ranks),
-    }
-
-
 def describe_device(ranks: Ranks) -> dict[str, Any]:
-    """Device, its name, communication backend, threads and library versions."""
+    """The ranks' devices, with communication backend and threads."""
     return {
-        "device": ranks.device.type,
-        "device_name": device_name(ranks.device),
+        **device_facts(ranks.device),
         "backend": "nccl" if ranks.on_gpu else "gloo",
         "threads_per_rank": torch.get_num_threads(),
-        "versions": versions(),
     }
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Device, its name and library versions."""
+    return {"device": device.type, "device_name": device_name(device), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -165,26 +182,6 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _executor(job: Job, ranks: Ranks) -> Executor:
-    from moesim.traces.store import Trace
-
-    job.say(ranks.rank, 0.0, "loading the model")
-    phase = Phase[job.phase.upper()]
-    trace = Trace.open(Path(job.trace))
-    scenario = make_scenario(
-        trace.spec,
-        trace.table(STACK_OF_PHASE[phase]),
-        phase=phase,
-        gpus=ranks.size,
-        workload=job.workload,
-        extra_slots=job.extra_slots,
-        max_steps=job.max_steps,
-        request_texts=trace.request_texts,
-    )
-    encoder_table = trace.table("encoder") if phase is Phase.PREFILL else None
-    return Executor(ranks, load_model(Path(job.model), job.dtype), scenario, encoder_table)
 
 
 def _total_s(one: Pass) -> float:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from moesim.backend.cuda import runtime
 from moesim.backend.experts import ExpertShape, ExpertSlots
 from moesim.backend.grouped import Activation
 from moesim.backend.quantize import dequantise, packed_bytes, quantise
@@ -83,10 +84,10 @@ class HostExperts:
         pages = -(-nbytes // PAGESIZE) * PAGESIZE
         room = torch.empty(pages + PAGESIZE, dtype=torch.uint8)
         begin = -room.data_ptr() % PAGESIZE
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call] # as in clock.py
-        if int(runtime.cudaHostRegister(room.data_ptr() + begin, pages, 0)) == 0:
+        cudart = runtime()
+        if int(cudart.cudaHostRegister(room.data_ptr() + begin, pages, 0)) == 0:
             # Before this object's memory can go; a process that ends gives everything back by itself.
-            weakref.finalize(self, runtime.cudaHostUnregister, room.data_ptr() + begin).atexit = False
+            weakref.finalize(self, cudart.cudaHostUnregister, room.data_ptr() + begin).atexit = False
             return room[begin : begin + nbytes].view(dtype).view(rows, width)
         _forget_last_error()
         try:

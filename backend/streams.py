@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moesim.backend.cuda import new_stream
 from moesim.backend.experts import ExpertSlots
 from moesim.backend.slots import Copy, HostExperts, carry, neighbours
 
@@ -33,8 +34,7 @@ class Streamed:
         self._host, self._slots = host, slots
         self.pending: list[Copy] = []
         self._device = slots.rows_SP.device
-        stream: Any = torch.cuda.Stream  # torch gives it no types
-        self._demand, self._ahead = stream(self._device, priority=-1), stream(self._device)
+        self._demand, self._ahead = new_stream(self._device, priority=-1), new_stream(self._device)
         self._queue: list[Copy] = []
         """Not issued yet, in order of need."""
         self._flying: deque[Copy] = deque()

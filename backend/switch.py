@@ -107,7 +107,7 @@ def load_model(folder: Path, dtype: str) -> Any:
     return model.eval()
 
 
-def sparse_layers(stack: Any) -> dict[int, nn.Module]:
+def sparse_layers(stack: Any) -> dict[int, Any]:
     """Index in the stack, and the feed-forward module whose `mlp` holds router and experts, of every MoE layer."""
     return {i: block.layer[-1] for i, block in enumerate(stack.block) if block.layer[-1].is_sparse}
 
@@ -122,13 +122,11 @@ def patch(stack: Any, exchange: Exchange) -> SwitchStack:
         name = "decoder" if stack.is_decoder else "encoder"
         raise InputError(f"the model has no MoE layers in its {name}")
     real = RealTokens(torch.empty(0, dtype=torch.long))
-    first: Any = next(iter(layers.values()))
-    expert = first.mlp.experts["expert_0"]
+    expert = next(iter(layers.values())).mlp.experts["expert_0"]
     d_ff, d_model = expert.wi.weight.shape
     shape = ExpertShape(d_model=d_model, d_ff=d_ff, dtype=expert.wi.weight.dtype)
     weights = []
-    for layer, block in enumerate(layers.values()):
-        feed_forward: Any = block
+    for layer, feed_forward in enumerate(layers.values()):
         mlp = feed_forward.mlp
         weights.append([shape.flatten(e.wi.weight.detach(), e.wo.weight.detach()) for e in mlp.experts.values()])
         feed_forward.mlp = ExpertParallelMLP(layer, mlp.router, real, exchange)
@@ -137,18 +135,22 @@ def patch(stack: Any, exchange: Exchange) -> SwitchStack:
     )
 
 
-def check_trace(spec: ModelSpec, stack_name: str, patched: SwitchStack) -> None:
-    """Raise InputError naming the first difference between a recording and the model that is to run it."""
+def check_trace(spec: ModelSpec, stack_name: str, patched: SwitchStack, *, replay: bool) -> None:
+    """Raise InputError naming the first difference between a recording and the model that is to run it, or on whose
+    layers its routing is to be forced: these need as many experts and MoE layers, and nothing else."""
     recorded = spec.stack(stack_name)
     model: Any = patched.stack
-    pairs = {
-        "d_model": (spec.sized().d_model, patched.shape.d_model),
-        "d_ff": (spec.sized().d_ff, patched.shape.d_ff),
-        "experts": (spec.num_experts, patched.experts),
-        "layers": (recorded.num_layers, len(model.block)),
-        "MoE layers": (recorded.moe_layers, patched.layers),
-        "vocabulary": (spec.vocab_size, model.embed_tokens.num_embeddings),
-    }
+    pairs: dict[str, tuple[Any, Any]] = {"experts": (spec.num_experts, patched.experts), "top-k": (spec.top_k, 1)}
+    if replay:
+        pairs["MoE layers"] = (len(recorded.moe_layers), len(patched.layers))
+    else:
+        pairs |= {
+            "d_model": (spec.sized().d_model, patched.shape.d_model),
+            "d_ff": (spec.sized().d_ff, patched.shape.d_ff),
+            "layers": (recorded.num_layers, len(model.block)),
+            "MoE layers": (recorded.moe_layers, patched.layers),
+            "vocabulary": (spec.vocab_size, model.embed_tokens.num_embeddings),
+        }
     for what, (in_trace, in_model) in pairs.items():
         if in_trace != in_model:
             raise InputError(f"the trace was recorded with another model: {what} {in_trace}, the model has {in_model}")

@@ -6,12 +6,12 @@ Shape letters: L MoE layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
+from moesim.backend.clock import moment, seconds_between
 from moesim.sim.dispatch import Ints
 from moesim.sim.residency import PRECISIONS
 from moesim.sim.results import PHASES, StepRecord
@@ -61,7 +61,7 @@ class Tally:
     def __init__(self, layers: int, device: torch.device, *, continuous: bool = False) -> None:
         self.pairs = Pairs(layers)
         self.events: list[Step] = []
-        self._on_gpu, self._continuous = device.type == "cuda", continuous
+        self._device, self._continuous = device, continuous
         self._records: list[StepRecord] = []
 
     @property
@@ -69,32 +69,25 @@ class Tally:
         """Of all steps that have ended; on a GPU it waits for them."""
         while len(self._records) < len(self.events):
             step = self.events[len(self._records)]
-            self._records.append(step.record(seconds_between(step.begin, step.marks)))
+            self._records.append(step.record(seconds_between(step.begin, [at for _, at in step.marks])))
         return self._records
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins."""
         before = self.events[-1].marks if self.events else []
-        begin = before[-1][1] if self._continuous and before else self._now()
+        begin = before[-1][1] if self._continuous and before else moment(self._device)
         self.step = Step(begin=begin, tokens=tokens)
         self._before = self.pairs.totals()
 
     def mark(self, phase: str) -> None:
         """What ran since the last mark was this phase."""
-        self.step.marks.append((phase, self._now()))
+        self.step.marks.append((phase, moment(self._device)))
 
     def end(self) -> None:
         """The step ends here, with the dense layers after the last experts."""
         self.mark("attention")
         self.step.counts = {name: count - self._before[name] for name, count in self.pairs.totals().items()}
         self.events.append(self.step)
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch gives it no types
-        event.record()
-        return event
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,12 +128,3 @@ class Step:
             rounded_tokens=sum(precision.values()),
             precision_pairs=precision,
         )
-
-
-def seconds_between(begin: Any, marks: list[tuple[str, Any]]) -> list[float]:
-    """Seconds from `begin` to every mark, all of them of one kind: host times, or events of a GPU, which are waited
-    for."""
-    if isinstance(begin, float):
-        return [moment - begin for _, moment in marks]
-    marks[-1][1].synchronize()
-    return [begin.elapsed_time(moment) / 1e3 for _, moment in marks]

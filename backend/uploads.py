@@ -6,11 +6,12 @@ Shape letters: X numbers of one message.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from moesim.backend.cuda import new_event
 
 DEPTH = 16
 """Messages to the device that may be under way."""
@@ -28,9 +29,9 @@ class Uploads:
         self._turn = 0
         if self._on_gpu:
             self._sent = [torch.empty(width, dtype=torch.int32, pin_memory=True) for _ in range(DEPTH)]
-            self._done: list[Any] = [torch.cuda.Event() for _ in range(DEPTH)]  # type: ignore[no-untyped-call]
+            self._done = [new_event(timed=False) for _ in range(DEPTH)]
             self._told = torch.empty(width, dtype=torch.int32, pin_memory=True)
-            self._came: Any = torch.cuda.Event()  # type: ignore[no-untyped-call] # as in clock.py
+            self._came = new_event(timed=False)
 
     def send(self, numbers_X: NDArray[np.int32]) -> torch.Tensor:
         """[X] on the device, in the order of the current stream."""

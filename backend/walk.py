@@ -10,6 +10,7 @@ heads, C width of a head, K decoder positions, L MoE layers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moesim.backend.attention import ALIGNMENT, aligned, attend
-from moesim.backend.graphs import in_range
+from moesim.backend.attention import ALIGNMENT, aligned
+from moesim.backend.blocks import DistanceBias, additive, attended, by_head, in_range
 from moesim.backend.grouped import Groups, group_pairs
 from moesim.backend.routing import SwitchRouting
 from moesim.backend.segments import Cut, Segments
@@ -42,7 +43,7 @@ class Choices:
     """Who is asked which experts a token takes: the routers, or a recording."""
 
     def __init__(self, stack: Any, recorded: TokenTable | None) -> None:
-        self._routers: list[Any] = [layer.mlp.router for layer in sparse_layers(stack).values()]  # type: ignore[union-attr]
+        self._routers = [layer.mlp.router for layer in sparse_layers(stack).values()]
         self._light = [SwitchRouting(router) for router in self._routers]
         self.experts = int(self._routers[0].num_experts)
         self._code_TL: torch.Tensor | None = None
@@ -84,7 +85,7 @@ class Choices:
         return ids_BS, mask_BSE.sum(dim=-1) == 0, prob_BS1[..., 0]
 
 
-class Walk:
+class Walk(ABC):
     """What both passes share. `put` what a pass is about; after it `hidden_ND` are the last hidden states of its
     tokens, in their order. All inputs lie in one static tensor, so that they come in one copy: `pack` makes it."""
 
@@ -145,8 +146,9 @@ class Walk:
         if self._segments is not None:
             self._segments.close()
 
+    @abstractmethod
     def _run(self, cut: Cut[Known]) -> None:
-        raise NotImplementedError
+        """The pass itself; `cut` is called at every MoE layer."""
 
     def _feed_forward(self, number: int, layer: Any, hidden_BSD: torch.Tensor, cut: Cut[Known]) -> torch.Tensor:
         """A block's last part; MoE layer `number` of the stack, where it is one."""
@@ -176,28 +178,16 @@ class EncoderWalk(Walk):
     def _run(self, cut: Cut[Known]) -> None:
         hidden_BSD, bias = self._stack.embed_tokens(self.ids_BS), self._bias_1HSS
         if self._padded:
-            least = torch.finfo(bias.dtype).min
-            bias = aligned(bias + (1.0 - self.mask_BS.to(bias.dtype))[:, None, None, :] * least)
+            bias = aligned(bias + additive(self.mask_BS, bias.dtype))
         number = 0
         for block in self._stack.block:
             layer = block.layer[0]
-            hidden_BSD = in_range(hidden_BSD + _attended(layer.SelfAttention, layer.layer_norm(hidden_BSD), bias))
+            attention, x_BSD = layer.SelfAttention, layer.layer_norm(hidden_BSD)
+            keys, values = (by_head(attention, project(x_BSD)) for project in (attention.k, attention.v))
+            hidden_BSD = in_range(hidden_BSD + attended(attention, x_BSD, keys, values, bias))
             hidden_BSD = in_range(self._feed_forward(number, block.layer[-1], hidden_BSD, cut))
             number += block.layer[-1].is_sparse
         self._leave(hidden_BSD)
-
-
-def _attended(attention: Any, x_BSD: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """[B, S, D] self attention, all at once."""
-    q, k, v = (by_head(attention, project(x_BSD)) for project in (attention.q, attention.k, attention.v))
-    out: torch.Tensor = attention.o(attend(q, k, v, bias, attention.scaling).transpose(1, 2).flatten(2))
-    return out
-
-
-def by_head(attention: Any, x_BSI: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, C] of what a projection gives."""
-    width: int = attention.key_value_proj_dim
-    return x_BSI.view(*x_BSI.shape[:-1], -1, width).transpose(1, 2)
 
 
 class DecodeWalk(Walk):
@@ -219,12 +209,7 @@ class DecodeWalk(Walk):
         )
         self._read_bias = aligned(self.hidden_ND.new_zeros((rows, 1, 1, read)))
         self._row_B = torch.arange(rows, device=device)
-        self._window_K = torch.arange(room - 1, 2 * room - 1, device=device)
-        # Bias by distance, [2K-1, H]: the query at p sees, from K-1-p on, its past, itself, and a future masked out.
-        with torch.inference_mode():
-            past_HK = attention.compute_bias(1, room, device=device, past_seen_tokens=room - 1)[0, :, 0]
-            future = past_HK.new_full((attention.n_heads, room - 1), torch.finfo(past_HK.dtype).min)
-            self._bias_by_distance = torch.cat([past_HK, future], dim=1)
+        self._bias = DistanceBias(attention, room)
 
     def make_up(self, seed: int = 0) -> None:
         """Fill the caches with random numbers: what is timed does not depend on them."""
@@ -244,9 +229,7 @@ class DecodeWalk(Walk):
 
     def _run(self, cut: Cut[Known]) -> None:
         hidden_B1D = self._stack.embed_tokens(self.ids_BS)
-        window_BK = self._window_K[None] - self.position_B[:, None]
-        bias_HBK = self._bias_by_distance.index_select(1, window_BK.flatten()).view(-1, *window_BK.shape)
-        bias_BH1K = bias_HBK.transpose(0, 1).contiguous()[:, :, None]
+        bias_BH1K = self._bias.at(self.position_B)
         number = 0
         for i, block in enumerate(self._stack.block):
             hidden_B1D = in_range(self._self_attention(i, block.layer[0], hidden_B1D, bias_BH1K))
@@ -260,17 +243,11 @@ class DecodeWalk(Walk):
         for cache, project in ((self.keys[i], attention.k), (self.values[i], attention.v)):
             here_BHC = by_head(attention, project(x_B1D))[:, :, 0]
             cache.transpose(1, 2).index_put_((self._row_B, self.position_B), here_BHC)
-        query = by_head(attention, attention.q(x_B1D))
-        seen_BH1C = attend(query, self.keys[i], self.values[i], bias, attention.scaling)
-        out_B1D: torch.Tensor = hidden_B1D + attention.o(seen_BH1C.transpose(1, 2).flatten(2))
-        return out_B1D
+        return hidden_B1D + attended(attention, x_B1D, self.keys[i], self.values[i], bias)
 
     def _cross_attention(self, i: int, layer: Any, hidden_B1D: torch.Tensor) -> torch.Tensor:
-        attention = layer.EncDecAttention
-        query = by_head(attention, attention.q(layer.layer_norm(hidden_B1D)))
-        seen_BH1C = attend(query, self.read_keys[i], self.read_values[i], self._read_bias, attention.scaling)
-        out_B1D: torch.Tensor = hidden_B1D + attention.o(seen_BH1C.transpose(1, 2).flatten(2))
-        return out_B1D
+        read = (self.read_keys[i], self.read_values[i], self._read_bias)
+        return hidden_B1D + attended(layer.EncDecAttention, layer.layer_norm(hidden_B1D), *read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

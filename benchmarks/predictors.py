@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from marks import write_part
 from predictor_plan import OURS, TASKS, Study, esft_studies, mini_studies, quickened
 from predictor_studies import FROZEN, Kept, run_study, settings_of
 from predictor_tables import draw, groups_of, series_of, study_text
@@ -31,7 +32,6 @@ from moesim.traces.store import Trace
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models/switch-mini"
-MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
 QUICK_TOKENS = 16_000
 """Recorded of the shipped model's samples; all of them where it is not quick."""
 PHASES = {"": "prefill", "-decode": "decode"}
@@ -155,23 +155,13 @@ def _write(kept: dict[str, Kept], options: argparse.Namespace, folder: Path) -> 
     quick = "A quick run: too little to conclude anything.\n\n" if options.quick else ""
     image = f"![Recall and gap closed by predictor]({picture.name})"
     tables = "\n".join(study_text(one) for one in kept.values())
-    _between_marks(options.out, f"{quick}{stated}\n\n{image}\n\n{tables}")
+    write_part(options.out, f"{quick}{stated}\n\n{image}\n\n{tables}")
     draw(kept, picture)
     results = folder if options.quick else ROOT / "benchmarks/results"
     path = results / f"{about['date']}-predictors.json"
     told = {**about, "studies": {name: _condensed(one) for name, one in kept.items()}}
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     console.print(f"{options.out}, {picture} and {path}", highlight=False, soft_wrap=True)
-
-
-def _between_marks(path: Path, text: str) -> None:
-    """Replace what stands between the marks; a file that is not there becomes nothing but that."""
-    old = path.read_text(encoding="utf-8") if path.exists() else "\n".join(MARKS) + "\n"
-    before, begin, rest = old.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise SystemExit(f"{path}: needs the lines {MARKS[0]} and {MARKS[1]}; nothing was written")
-    path.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
 
 
 def _condensed(kept: Kept) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from marks import with_part
 from results_claims import Claim, claims
-from results_tables import table, tables
+from results_tables import TITLES, table, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = "moesim-gpu-benchmark"
-SECTIONS = ("layers", "models", "partitions", "offload", "quality")
-MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 NO_RUN = "No GPU run is committed yet: every row below says so, and no GPU number of this project is a measurement."
 
 
@@ -30,9 +29,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something would change")
     args = parser.parse_args()
     report = newest(ROOT / "benchmarks/results")
+    readme = ROOT / "README.md"
     wanted = {
         ROOT / "docs/results.md": page(report),
-        ROOT / "README.md": with_part((ROOT / "README.md").read_text(encoding="utf-8"), readme_part(report)),
+        readme: with_part(readme.read_text(encoding="utf-8"), readme_part(report), "results", readme.name),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if args.check:
@@ -111,7 +111,7 @@ def claims_table(made: list[Claim]) -> str:
 def sections_table(report: Mapping[str, Any]) -> str:
     """What ran, on what, and how it ended."""
     rows = []
-    for name in SECTIONS:
+    for name in TITLES:
         found = report["sections"].get(name)
         if found is None:
             rows.append([name, "not run", "", "", "", ""])
@@ -124,15 +124,6 @@ def sections_table(report: Mapping[str, Any]) -> str:
         seconds = f"{found['wall_s']:.0f}"
         rows.append([name, found["status"], seconds, f"{about.get('device_name', '')} {driver}".strip(), told, commit])
     return table(["section", "ended", "seconds", "device", "versions", "commit"], rows)
-
-
-def with_part(text: str, part: str) -> str:
-    """`text` with `part` between the marks. Raises SystemExit where there are none."""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise SystemExit(f"README.md needs the lines {MARKS[0]} and {MARKS[1]}; nothing was written")
-    return f"{before}{begin}\n{part}{end}{after}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+from marks import write_part
 from systems_claims import Claim
 from systems_plan import CASES, Case
 
@@ -16,7 +17,6 @@ from moesim.sim.policies import POLICIES, recipe_digest
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the backend is chosen first
 
-MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
 SAME = 0.005
 """Speedups closer than this are called equal: the simulator is deterministic, but its profile is no measurement."""
 NOT_MEASURED = "quality not measured"
@@ -43,12 +43,7 @@ def report(
         + "\n## Deviations\n\n"
         + deviations(cases)
     )
-    old = out.read_text(encoding="utf-8") if out.exists() else "\n".join(MARKS) + "\n"
-    before, begin, rest = old.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise SystemExit(f"{out}: needs the lines {MARKS[0]} and {MARKS[1]}; nothing was written")
-    out.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
+    write_part(out, text)
 
 
 def speedup(runs: Runs, policy: str, baseline: str) -> float | None:

@@ -12,7 +12,7 @@ from moesim.backend.job import DTYPES, Job, check_options
 from moesim.backend.launch import check_device, launch
 from moesim.backend.offload_options import PHASES, Offloading
 from moesim.cli import run_offload
-from moesim.cli.options import MODEL, OutFile
+from moesim.cli.options import MODEL, OutFile, writing
 from moesim.cli.run_gpu import RUNNABLE, policy_names, progress_bar
 from moesim.cli.run_partitions import Partitions, calibrate_partitions, calibration_options
 from moesim.sim.policies import default_baseline
@@ -92,23 +92,22 @@ def calibrate(
             check_options(job)
         job = replace(job, device=check_device(device, size))
         if offloading:
-            run_offload.calibrate(job, offloading, report).save(job.result_file)
+            profile = run_offload.calibrate(job, offloading, report)
         elif job.partitions:
-            calibrate_partitions(job, report)
+            profile = calibrate_partitions(job, report)
         else:
             launch(job, report)
-        profile = replace(load_profile(job.result_file), name=out.stem)
-    try:
+            profile = load_profile(job.result_file)
+    profile = replace(profile, name=out.stem)
+    with writing(out):
         profile.save(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
     click.echo(summary(profile, out))
 
 
 def _policies(policy: str | None, *, offload: bool) -> tuple[str, ...]:
-    """Those to time; none means all that run on ranks and partitions."""
+    """Those to time."""
     if policy is None or policy.strip() == "all":
-        return run_offload.CALIBRATED if offload else ()
+        return run_offload.CALIBRATED if offload else tuple(RUNNABLE)
     return policy_names(policy, default_baseline(1 if offload else None), run_offload.RUNNABLE if offload else RUNNABLE)
 
 

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from moesim.cli.options import OutFile
+from moesim.cli.options import OutFile, writing
 from moesim.cli.report import window
 from moesim.sim.comparison import Comparison, Row
 from moesim.sim.comparison import compare as compare_results
@@ -61,7 +61,8 @@ def compare(
         _draw(comparison, results, real, timeline)
     text = json.dumps(comparison.to_dict(), indent=1)
     if out:
-        _write(out, text + "\n")
+        with writing(out):
+            out.write_text(text + "\n", encoding="utf-8")
     if as_json:
         click.echo(text)
     else:
@@ -87,15 +88,8 @@ def _draw(comparison: Comparison, simulated: list[Result], measured: list[Result
                 command = "simulate" if kind == "simulated" else "run-gpu"
                 raise InputError(f"the {kind} {row.policy} has no timeline: run {command} with --timeline, too")
             processes[f"{row.policy}: {kind}"] = spans
-    _write(path, json.dumps(span_timeline(processes)))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    with writing(path):
+        path.write_text(json.dumps(span_timeline(processes)), encoding="utf-8")
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

@@ -16,15 +16,14 @@ from rich.table import Table
 
 from moesim.backend.job import DTYPES, model_config
 from moesim.backend.offload_options import slots_of
-from moesim.cli.options import MODEL
+from moesim.cli.options import MODEL, OutFile
+from moesim.cli.recording import record_texts, text_option
 from moesim.sim.execution import COPY_BYTES
 from moesim.sim.policies import POLICIES, check_slots, recipe
 from moesim.sim.quality import FORMAT, Quality, save_qualities
 from moesim.traces import InputError
 from moesim.traces.workload import SPLITS
 
-RECORD_TOKENS = 60_000
-"""Most tokens that are recorded where there is no trace."""
 LOSSY = [name for name, parts in POLICIES.items() if parts.lossy]
 
 
@@ -32,12 +31,7 @@ LOSSY = [name for name, parts in POLICIES.items() if parts.lossy]
 @click.argument("model", type=MODEL)
 @click.option("--policy", required=True, help=f"Comma-separated, or lossy: {', '.join(LOSSY)}.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Requests to fit on and to run, of the same model.")
-@click.option(
-    "--text",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help=f"Text to record ({RECORD_TOKENS:,} tokens at most) where there is no --trace.  [default: MODEL/samples]",
-)
+@text_option
 @click.option(
     "--resident", metavar="SLOTS",
     help="Slots a layer, a number or a share such as 25%; host memory has the rest.  [default: all]",
@@ -66,7 +60,7 @@ LOSSY = [name for name, parts in POLICIES.items() if parts.lossy]
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON, and nothing else on stdout.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write them, for simulate --quality.")
+@click.option("--out", type=OutFile(), help="Write them, for simulate --quality.")
 def quality(
     model: Path,
     policy: str,
@@ -152,29 +146,17 @@ def _measured(model: Path, trace: Path | None, text: tuple[Path, ...], settings:
         def tell(what: str, done: float) -> None:
             progress.update(task, description=what, completed=done)
 
-        path = trace or _record(model, text, Path(folder), settings, tell)
+        path = trace or record_texts(
+            str(model),
+            text,
+            Path(folder) / "quality.moetrace",
+            lambda done, what: tell(what, done),
+            dtype=settings.dtype,
+            device=settings.device,
+            lookahead=3,
+            router_input=True,
+        )
         return measure(model, Trace.open(path), settings, tell)
-
-
-def _record(model: Path, text: tuple[Path, ...], folder: Path, settings: Any, tell: Any) -> Path:
-    """Record the texts (or the model's samples) with this model into a trace in `folder`."""
-    from moesim.traces import record as recording
-    from moesim.traces.texts import read_texts
-
-    samples = model / "samples"
-    if not text and not samples.is_dir():
-        raise InputError(f"nothing to run: give --trace or --text ({samples} does not exist)")
-    loaded, tokenizer = recording.load_model(str(model), device=settings.device, dtype=settings.dtype)
-    options = recording.RecordOptions(max_tokens=RECORD_TOKENS, lookahead=3, router_input=True)
-    return recording.record(
-        loaded,
-        tokenizer,
-        read_texts(list(text) or [samples]),
-        folder / "quality.moetrace",
-        options,
-        source=str(model),
-        progress=lambda done, total: tell("recording the text", done / total),
-    )
 
 
 def _print(found: list[Quality]) -> None:

@@ -300,3 +300,12 @@ def _percent(share: float | None) -> str:
 
 def _named(results: list[Result], policy: str) -> Result:
     return next(result for result in results if result.policy == policy)
+
+
+def how_measured(config: dict[str, Any]) -> str:
+    """The end of the line under every table of measured results."""
+    routing = "true router" if config["routing"] == "model" else "recorded routing replayed"
+    return (
+        f"{config['weights']} weights, {config['dtype']}, {routing}, median of {config['repeats']} repeats after "
+        f"{config['warmup']} to warm up, policies interleaved."
+    )

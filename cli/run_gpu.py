@@ -17,12 +17,13 @@ from rich.progress import Progress
 
 from moesim.backend.hub import model_digest
 from moesim.backend.job import DTYPES, Job, check_options, model_config
-from moesim.backend.launch import Progress as Report
+from moesim.backend.job import Progress as Report
 from moesim.backend.launch import check_device, launch, under_torchrun
 from moesim.backend.offload_options import Offloading
 from moesim.cli import run_offload
-from moesim.cli.options import MODEL, OutFile, workload_options
-from moesim.cli.report import print_results, results_json
+from moesim.cli.options import MODEL, OutFile, workload_options, writing
+from moesim.cli.recording import record_texts, text_option
+from moesim.cli.report import how_measured, print_results, results_json
 from moesim.cli.run_partitions import Partitions, partition_options, run_partitions
 from moesim.cli.run_partitions import footnote as partition_footnote
 from moesim.sim.policies import POLICIES, default_baseline, recipe
@@ -34,8 +35,6 @@ from moesim.traces import InputError, MoesimError, Phase, Workload
 
 RUNNABLE = [name for name, parts in POLICIES.items() if not parts.simulated_only]
 DEFAULT_RANKS = 2
-RECORD_TOKENS = 60_000
-"""Most tokens that are recorded where there is no trace."""
 
 file_option = OutFile()
 
@@ -53,12 +52,7 @@ file_option = OutFile()
 @run_offload.offload_options
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--trace", type=click.Path(path_type=Path), help="Requests to run, recorded from the same model.")
-@click.option(
-    "--text",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help=f"Text to record ({RECORD_TOKENS:,} tokens at most) where there is no --trace.  [default: MODEL/samples]",
-)
+@text_option
 @workload_options
 @click.option(
     "--phase", type=click.Choice([p.name.lower() for p in Phase]), default="encoder", show_default=True,
@@ -168,7 +162,8 @@ def _run(job: Job, text: tuple[Path, ...], offloading: Offloading | None) -> lis
         return _join(job)
     with tempfile.TemporaryDirectory(prefix="moesim-trace-") as recorded, progress_bar() as report:
         if not job.trace:
-            job = replace(job, trace=str(_record(job, text, Path(recorded), report)))
+            trace = record_texts(job.model, text, Path(recorded) / "run.moetrace", report, dtype=job.dtype)
+            job = replace(job, trace=str(trace))
         else:
             _check_trace(job)
         if offloading:
@@ -196,28 +191,6 @@ def _join(job: Job) -> list[Result] | None:
         sys.stderr.flush()
         os._exit(2)
     return results if ranks.rank == 0 else None
-
-
-def _record(job: Job, text: tuple[Path, ...], folder: Path, report: Report) -> Path:
-    """Record the texts (or the model's samples) with this model into a trace in `folder`."""
-    from moesim.traces import record as recording
-    from moesim.traces.texts import read_texts
-
-    samples = Path(job.model) / "samples"
-    if not text and not samples.is_dir():
-        raise InputError(f"nothing to run: give --trace or --text ({samples} does not exist)")
-    contents = read_texts(list(text) or [samples])
-    model, tokenizer = recording.load_model(job.model, device="cpu", dtype=job.dtype)
-    options = recording.RecordOptions(max_tokens=RECORD_TOKENS, lookahead=0)
-    return recording.record(
-        model,
-        tokenizer,
-        contents,
-        folder / "run.moetrace",
-        options,
-        source=job.model,
-        progress=lambda done, total: report(done / total, "recording the text"),
-    )
 
 
 @contextmanager
@@ -273,29 +246,22 @@ def _check_trace(job: Job) -> None:
 
 
 def _keep(job: Job, results: list[Result], out: Path | None, decision_log: Path | None) -> None:
-    try:
-        if out:
+    if out:
+        with writing(out):
             save_results(results, out)
-        if decision_log:
-            decision_log.parent.mkdir(parents=True, exist_ok=True)
-            with decision_log.open("w", encoding="utf-8") as file:
-                for name in job.policies:
-                    for line in job.decision_file(name).read_text(encoding="utf-8").splitlines():
-                        decision = {"policy": name, **json.loads(line)}
-                        file.write(json.dumps(decision, sort_keys=True, separators=(",", ":")) + "\n")
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from None
+    if decision_log:
+        with writing(decision_log), decision_log.open("w", encoding="utf-8") as file:
+            for name in job.policies:
+                for line in job.decision_file(name).read_text(encoding="utf-8").splitlines():
+                    decision = {"policy": name, **json.loads(line)}
+                    file.write(json.dumps(decision, sort_keys=True, separators=(",", ":")) + "\n")
 
 
 def write_timeline(results: list[Result], path: Path | None) -> None:
     """A process for each policy, for Perfetto. Raises InputError where it cannot be written."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(span_timeline({r.policy: r.spans for r in results})), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    if path:
+        with writing(path):
+            path.write_text(json.dumps(span_timeline({r.policy: r.spans for r in results})), encoding="utf-8")
 
 
 def _footnote(result: Result) -> str:
@@ -306,6 +272,5 @@ def _footnote(result: Result) -> str:
         return partition_footnote(c)
     return (
         f"measured: {c['ranks']} {c['device']} ranks on {c['device_name']} ({c['backend']}, threads a rank: "
-        f"{c['threads_per_rank']}), true router, median of {c['repeats']} repeats after {c['warmup']} to warm up, "
-        "policies interleaved."
+        f"{c['threads_per_rank']}), {how_measured(c)}"
     )

@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from moesim.backend.job import Job, model_config
-from moesim.backend.launch import Progress, under_torchrun
-from moesim.backend.offload_options import PHASES, Offloading
+from moesim.backend.job import Job, Progress, check_inputs
+from moesim.backend.launch import under_torchrun
+from moesim.backend.offload_options import PHASES, RESIDENT, Offloading
 from moesim.cli.options import option_group
+from moesim.cli.report import how_measured
 from moesim.sim.execution import COPY_BYTES
 from moesim.sim.policies import check_slots, offloading, recipe
 from moesim.sim.profile import HardwareProfile
 from moesim.sim.results import Result
-from moesim.sim.scenario import STACK_OF_PHASE
-from moesim.traces import InputError, Phase
+from moesim.traces import InputError
 
-RESIDENT = "contiguous"
-"""Has every expert on the device, however many slots the others have."""
 RUNNABLE = [name for name in offloading() if recipe(name).routing != "predicted"]
 CALIBRATED = ("on-demand", "lfu", "belady", "prefetch-layer", "prefetch-ridge", "oracle-prefetch")
 """Policies whose decisions a calibration times where none are named; of others the simulator says that they decide in
@@ -60,56 +57,31 @@ def check(job: Job, ranks: int | None) -> None:
         )
     if job.phase not in PHASES:
         raise InputError(f"--resident runs the phases {', '.join(PHASES)}, not {job.phase}")
-    _check_model(job)
-    if job.repeats < 1 or job.warmup < 0:
-        raise InputError("--repeats must be at least 1 and --warmup at least 0")
+    check_inputs(job)
     for name in job.policies:
         if recipe(name).routing == "predicted":
             raise InputError(f"policy {name} executes forecasts: measure its quality with moesim quality")
         if name != RESIDENT:
             check_slots(name, 1)
-    if job.kind != "run":
-        return
-    if not job.model and not job.random:
-        raise InputError("nothing to run: give the folder of a MODEL, or --random switch-base-128")
-    if job.random and job.routing != "replay":
-        raise InputError("a random router says nothing: --random goes with --routing replay and a --trace")
-    if job.routing == "replay" and not job.trace:
-        raise InputError("--routing replay needs the recorded routing: give --trace")
-
-
-def _check_model(job: Job) -> None:
-    if job.random and job.model:
-        raise InputError(f"give a MODEL or --random {job.random}, not both")
-    if job.model:
-        config, stack = model_config(Path(job.model)), STACK_OF_PHASE[Phase[job.phase.upper()]]
-        if not int(config.get(f"num_sparse_{stack}_layers", 0)):
-            raise InputError(f"{job.model}: the model has no MoE layers in its {stack}")
 
 
 def run(job: Job, asked: Offloading, report: Progress) -> list[Result]:
     """Run the job's policies in this process."""
-    from moesim.backend.failures import in_one_line
     from moesim.backend.offload_job import run_offload
 
-    with in_one_line():
-        return run_offload(job, asked, report)
+    return run_offload(job, asked, report)
 
 
 def calibrate(job: Job, asked: Offloading, report: Progress) -> HardwareProfile:
     """Measure this device for the job's phase, batch and slots."""
-    from moesim.backend.failures import in_one_line
     from moesim.backend.offload_job import calibrate_offload
 
-    with in_one_line():
-        return calibrate_offload(job, asked, report)
+    return calibrate_offload(job, asked, report)
 
 
 def footnote(config: dict[str, Any]) -> str:
     """What was measured, in a line."""
-    routing = "true router" if config["routing"] == "model" else "recorded routing replayed"
     return (
-        f"measured: experts in host memory, one {config['device']} device ({config['device_name']}), "
-        f"{config['weights']} weights, {config['dtype']}, {routing}, median of {config['repeats']} repeats after "
-        f"{config['warmup']} to warm up, policies interleaved; contiguous has every expert on the device."
+        f"measured: experts in host memory (contiguous: all on the device), one {config['device']} device "
+        f"({config['device_name']}), {how_measured(config)}"
     )

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
-from moesim.backend.job import Job
-from moesim.backend.launch import Progress, reported, under_torchrun
+from moesim.backend.job import Job, Progress
+from moesim.backend.launch import under_torchrun
 from moesim.cli.options import option_group
-from moesim.sim.results import Result, load_results
+from moesim.cli.report import how_measured
+from moesim.sim.profile import HardwareProfile
+from moesim.sim.results import Result
 from moesim.traces import InputError
 
 
@@ -56,14 +58,14 @@ _RANDOM = click.option(
     "--random",
     default="",
     metavar="NAME",
-    help="Random weights of a published model, say switch-base-128; with --partitions or --resident.",
+    help="Random weights of a published model, say switch-base-128; to run a recorded routing on.",
 )
 _ROUTING = click.option(
     "--routing",
     type=click.Choice(["model", "replay"]),
     default="model",
     show_default=True,
-    help="The model's own router, or what was recorded, forced on every layer; with --partitions or --resident.",
+    help="The model's own router, or what was recorded, forced on every layer.",
 )
 partition_options = option_group("parts", [_COUNT, _RANDOM, _ROUTING], _run)
 """`parts: Partitions`."""
@@ -72,28 +74,23 @@ calibration_options = option_group("parts", [_COUNT, _RANDOM], _calibrate)
 
 
 def run_partitions(job: Job, report: Progress) -> list[Result]:
-    """Run the job's policies in this process and return what its folder holds then."""
+    """Run the job's policies in this process."""
     from moesim.backend.partition_session import run_on_partitions
 
-    with reported(job, report):
-        run_on_partitions(job)
-    return load_results(job.result_file)
+    return run_on_partitions(job, report)
 
 
-def calibrate_partitions(job: Job, report: Progress) -> None:
-    """Calibrate in this process; the profile goes to the job's result file."""
+def calibrate_partitions(job: Job, report: Progress) -> HardwareProfile:
+    """Measure this device, split as the job says."""
     from moesim.backend.partition_session import calibrate_on_partitions
 
-    with reported(job, report):
-        calibrate_on_partitions(job)
+    return calibrate_on_partitions(job, report)
 
 
 def footnote(config: dict[str, Any]) -> str:
     """What stood for GPUs, in a line."""
     sms = f", {config['sms'][0]} multiprocessors each" if config["sms"] else ""
-    routing = "true router" if config["routing"] == "model" else "recorded routing replayed"
     return (
         f"measured: {config['gpus']} partitions ({config['partitions']}{sms}) of {config['device_name']}, "
-        f"{config['weights']} weights, {routing}, kernel {config['kernel']}, median of {config['repeats']} repeats "
-        f"after {config['warmup']} to warm up, policies interleaved."
+        f"kernel {config['kernel']}, {how_measured(config)}"
     )

@@ -16,7 +16,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moesim.backend.offload_options import slots_of
-from moesim.cli.options import execution_options, fault_option, serving_options, workload_options
+from moesim.cli.options import (
+    OutFile,
+    execution_options,
+    fault_option,
+    serving_options,
+    workload_options,
+    writing,
+)
 from moesim.cli.picture import load_over_time
 from moesim.cli.report import print_results, results_json
 from moesim.predictors import RouterSpec
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-file_option = click.Path(path_type=Path, dir_okay=False)
+file_option = OutFile()
 
 
 @click.command()
@@ -67,7 +74,11 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @execution_options
 @serving_options
 @fault_option
-@click.option("--quality", type=file_option, help="A file of moesim quality: lossy policies get speedups beside it.")
+@click.option(
+    "--quality",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file of moesim quality: lossy policies get speedups beside it.",
+)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Policies at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and nothing else on stdout.")
 @click.option("--out", type=file_option, help="Write the results here, for moesim compare; kept on Ctrl-C.")
@@ -155,12 +166,11 @@ def simulate(
         if timeline and not event_log:
             wanted["events"] = Path(stack.enter_context(TemporaryDirectory(prefix="moesim-"))) / "events.jsonl"
         logs = {log: path for log, path in wanted.items() if path}
-        for path in [*logs.values(), *([timeline] if timeline else [])]:
-            _check_writable(path)
         results = _run_all(names, inputs, logs, workers, out)
         if timeline:
             events = read_log(logs["events"])
-            timeline.write_text(json.dumps(make_timeline(events)), encoding="utf-8")
+            with writing(timeline):
+                timeline.write_text(json.dumps(make_timeline(events)), encoding="utf-8")
             results = [replace(result, spans=spans_of(events[result.policy])) for result in results]
             if out:
                 _save(results, out)
@@ -255,20 +265,9 @@ def _open(path: Path) -> Trace:
     return Trace.open(path)
 
 
-def _check_writable(path: Path) -> None:
-    """Before anything is run: a log that cannot be written is no reason to lose an hour."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-
-
 def _save(results: list[Result], out: Path) -> None:
-    try:
+    with writing(out):
         save_results(results, out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 def _interrupted(results: list[Result], out: Path | None) -> str:

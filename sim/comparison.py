@@ -68,7 +68,7 @@ class Comparison:
 
 def compare(simulated: list[Result], measured: list[Result], baseline: str) -> Comparison:
     """Pair the results by policy. Raises InputError where the baseline is missing on a side, no other policy is on
-    both, or the runs had different inputs (naming the first key that differs)."""
+    both, the runs had different inputs (naming the first key that differs), or the profile is of another executor."""
     sides = {"simulated": _by_policy(simulated, "simulated"), "measured": _by_policy(measured, "measured")}
     for kind, results in sides.items():
         if baseline not in results:
@@ -101,6 +101,12 @@ def _check_same_inputs(simulated: Result, measured: Result) -> None:
             raise InputError(
                 f"{measured.policy}: {key} is {a!r} in the simulation and {b!r} in the measurement; run both alike"
             )
+    calibrated, ran = simulated.config.get("profile_executor"), measured.config.get("executor")
+    if calibrated and ran and calibrated != ran:
+        raise InputError(
+            f"{measured.policy}: the simulation's profile was calibrated on {calibrated}, and the measurement ran on "
+            f"{ran}; calibrate what is run"
+        )
 
 
 def _row(sim: Result, sim_base: Result, real: Result, real_base: Result) -> Row:

@@ -81,6 +81,7 @@ def simulate(
         "profile": profile.name,
         "profile_kind": profile.provenance.kind,
         "profile_device": profile.provenance.device,
+        **({"profile_executor": profile.provenance.executor} if profile.provenance.executor else {}),
         "decide_s": None if decides is None else profile.decide_s[decides],
         **({"decide_s_of": decides} if decides not in (None, policy.name) else {}),
         "measured": measured_ranges(scenario.cluster.gpus, profile, scenario.spec, dtype),

@@ -22,6 +22,8 @@ from moesim.traces import InputError
 
 FORMAT, VERSION = "moesim-profile", 1
 KINDS = ("spec-sheet", "measured")
+EXECUTORS = ("ranks", "partitions", "offload")
+"""What runs policies on devices, each with costs of its own."""
 SHIPPED = Path(__file__).with_name("profiles")
 
 T = TypeVar("T")
@@ -41,10 +43,14 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     """Library name to version, for measurements."""
     notes: str = ""
+    executor: str = ""
+    """Which of EXECUTORS was measured, where it was said."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.executor not in ("", *EXECUTORS):
+            raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

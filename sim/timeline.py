@@ -32,7 +32,8 @@ class Span:
 
 def pack(spans: Sequence[Span]) -> dict[str, Any]:
     """JSON form: each name and track once; times in whole nanoseconds, which is finer than any clock."""
-    names, tracks = ({text: i for i, text in enumerate(dict.fromkeys(texts))} for texts in _texts(spans))
+    names = {name: i for i, name in enumerate(dict.fromkeys(span.name for span in spans))}
+    tracks = {track: i for i, track in enumerate(dict.fromkeys(span.track for span in spans))}
     rows = [[names[s.name], tracks[s.track], round(s.start_s * 1e9), round(s.duration_s * 1e9)] for s in spans]
     return {"names": list(names), "tracks": list(tracks), "name_track_start_ns_duration_ns": rows}
 
@@ -42,10 +43,6 @@ def unpack(data: Mapping[str, Any]) -> list[Span]:
     names, tracks = data["names"], data["tracks"]
     rows = data["name_track_start_ns_duration_ns"]
     return [Span(names[n], tracks[t], start / 1e9, duration / 1e9) for n, t, start, duration in rows]
-
-
-def _texts(spans: Sequence[Span]) -> tuple[list[str], list[str]]:
-    return [span.name for span in spans], [span.track for span in spans]
 
 
 def spans_of(events: Iterable[Event]) -> list[Span]:

@@ -1,9 +1,11 @@
-"""Small recordings made by hand, for tests that need routing but no model."""
+"""Small recordings and qualities made by hand, for tests that need no model."""
 
 from dataclasses import replace
 
 import numpy as np
 
+from moesim.sim.policies import POLICIES, recipe_digest
+from moesim.sim.quality import Quality
 from moesim.traces import Gates, ModelSpec, StackSpec, TokenTable, Widths, id_dtype
 
 
@@ -67,3 +69,23 @@ def with_router_inputs(table, experts=8, d_model=16, seed=0):
     return replace(table, router_input=given, lookahead_ids=lookahead), Gates(
         weight=weight, bias=np.zeros((L, experts), np.float32)
     )
+
+
+def make_quality(policy, **changes):
+    """What `moesim quality` might have measured of a named policy."""
+    fields = {
+        "policy": policy,
+        "policy_digest": recipe_digest(POLICIES[policy]),
+        "model_digest": "abc",
+        "phase": "prefill",
+        "resident": None,
+        "copy_dtype": None,
+        "loss": 2.25,
+        "exact_loss": 2.0,
+        "loss_error": 0.01,
+        "top1_agreement": 0.875,
+        "output_error": 0.05,
+        "shares": {},
+        "config": {"requests": 3},
+    }
+    return Quality(**{**fields, **changes})

@@ -8,9 +8,9 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 SHIPPED = Path(__file__).parents[1] / "models/switch-mini"
 
 
-def random_switch(experts=8, capacity=64, seed=0, layers=2, d_model=32):
-    torch.manual_seed(seed)
-    config = SwitchTransformersConfig(
+def tiny_config(layers=4, sparse=2, experts=8, capacity=64, d_model=32):
+    """Both stacks have so many layers, `sparse` of them with experts."""
+    return SwitchTransformersConfig(
         vocab_size=96,
         d_model=d_model,
         d_kv=8,
@@ -18,16 +18,17 @@ def random_switch(experts=8, capacity=64, seed=0, layers=2, d_model=32):
         num_heads=4,
         num_layers=layers,
         num_decoder_layers=layers,
-        num_sparse_encoder_layers=layers,
-        num_sparse_decoder_layers=layers,
+        num_sparse_encoder_layers=sparse,
+        num_sparse_decoder_layers=sparse,
         num_experts=experts,
         expert_capacity=capacity,
-        router_jitter_noise=0.0,
-        dropout_rate=0.0,
         decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
     )
+
+
+def random_switch(experts=8, capacity=64, seed=0, layers=2, d_model=32):
+    torch.manual_seed(seed)
+    config = tiny_config(layers, layers, experts, capacity, d_model)
     model = SwitchTransformersForConditionalGeneration(config).eval()
     # The default start is so small that all tokens take one expert; spread the routers out.
     for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import runs, wait_until
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENVIRONMENT = """
@@ -146,21 +147,6 @@ def test_told_to_end_it_ends_its_section(folder, tmp_path):
 def test_wrong_words_end_at_once(folder, tmp_path):
     done = run_all(folder, "--out", tmp_path, "--only", "layers,speed")
     assert done.returncode == 2 and "unknown sections: speed; known: layers" in done.stderr
-
-
-def runs(pid):
-    """True while the process computes; one that waits to be reaped does not."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_until(condition):
-    """Poll; the limit is only against a hang."""
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("did not happen in a minute")
 
 
 @pytest.fixture

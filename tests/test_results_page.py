@@ -19,7 +19,7 @@ def made(monkeypatch):
     import results_tables
 
     yield results_page, results_claims, results_tables
-    for name in ("results_page", "results_claims", "results_tables"):
+    for name in ("marks", "results_page", "results_claims", "results_tables"):
         sys.modules.pop(name)
 
 
@@ -242,8 +242,16 @@ def test_readme_has_a_row_for_each_goal(made):
     assert lines[-1].startswith("Measured on NVIDIA H100, 2026-12-01")
 
 
-def test_readme_needs_its_marks(made):
-    marks = made[0].MARKS
-    assert made[0].with_part(f"a\n{marks[0]}\nold\n{marks[1]}\nz", "new\n") == f"a\n{marks[0]}\nnew\n{marks[1]}\nz"
-    with pytest.raises(SystemExit, match=r"README\.md needs the lines"):
-        made[0].with_part("no marks", "new\n")
+def test_a_part_of_a_page_stands_between_its_marks(made, tmp_path):
+    import marks
+
+    (begin, end), page = marks.marks("measured"), tmp_path / "page.md"
+    marks.write_part(page, "old\n")
+    assert page.read_text() == f"{begin}\nold\n{end}\n"
+    page.write_text(f"a\n{page.read_text()}z")
+    marks.write_part(page, "new\n")
+    assert page.read_text() == f"a\n{begin}\nnew\n{end}\nz"
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match=r"page\.md: needs the lines .* nothing was written"):
+        marks.write_part(page, "new\n")
+    assert page.read_text() == "no marks"

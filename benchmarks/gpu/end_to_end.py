@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shutil
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import environment
 
 HERE = Path(__file__).parent
 MOESIM = [sys.executable, "-c", "from moesim.cli import main; main()"]
@@ -43,25 +40,6 @@ def run(words: list[str], log: list[dict[str, Any]]) -> str:
     return done.stdout
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    about: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("moesim", "torch", "transformers", "numpy", "simpy")},
-    }
-    if device == "cuda":
-        about |= {
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "cuda": torch.version.cuda,
-        }
-        if tool := shutil.which("nvidia-smi"):
-            query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-            about["driver"] = subprocess.check_output(query, text=True).split()[0]
-    return about
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -77,7 +55,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     trace, profile = args.out / "trace.moetrace", args.out / "profile.json"
     model, device, log = str(args.model), ["--device", args.device], []
-    report: dict[str, Any] = {"benchmark": "end_to_end", "machine": machine(args.device), "ranks": int(ranks)}
+    report: dict[str, Any] = {"benchmark": "end_to_end", "machine": environment(args.device), "ranks": int(ranks)}
 
     record = ["--text", f"{model}/samples", "--out", str(trace), "--max-tokens", args.max_tokens, "--force"]
     run([*MOESIM, "record", "--model", model, *record, *device], log)
@@ -85,40 +63,12 @@ def main() -> None:
     report["profile"] = json.loads(profile.read_text(encoding="utf-8"))
     comparisons = []
     for tokens in args.batch_tokens:
-        simulated, measured = args.out / f"simulated-{tokens}.json", args.out / f"measured-{tokens}.json"
+        simulated, measured = (str(args.out / f"{kind}-{tokens}.json") for kind in ("simulated", "measured"))
         same = ["--policy", POLICIES, "--batch-tokens", tokens]
-        run(
-            [
-                *MOESIM,
-                "simulate",
-                str(trace),
-                *same,
-                "--profile",
-                str(profile),
-                "--gpus",
-                ranks,
-                "--out",
-                str(simulated),
-            ],
-            log,
-        )
-        run(
-            [
-                *MOESIM,
-                "run-gpu",
-                model,
-                "--trace",
-                str(trace),
-                *same,
-                "--ranks",
-                ranks,
-                *device,
-                "--out",
-                str(measured),
-            ],
-            log,
-        )
-        comparisons.append(json.loads(run([*MOESIM, "compare", str(simulated), str(measured), "--json"], log)))
+        there, here = ["--profile", str(profile), "--gpus", ranks], ["--ranks", ranks, *device]
+        run([*MOESIM, "simulate", str(trace), *same, *there, "--out", simulated], log)
+        run([*MOESIM, "run-gpu", model, "--trace", str(trace), *same, *here, "--out", measured], log)
+        comparisons.append(json.loads(run([*MOESIM, "compare", simulated, measured, "--json"], log)))
     report["comparisons"] = comparisons
     equality = args.out / "equality.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]

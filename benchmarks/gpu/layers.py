@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import Report, copy_rate, free_memory, guarded, matmul_rate, median_s
-from transformers import MixtralConfig, MixtralForCausalLM, SwitchTransformersConfig
+from shapes import config_of
+from timing import Report, Timing, copy_rate, free_memory, guarded, matmul_rate, median_s
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moesim.backend import kernels
 from moesim.backend.capture import GraphedCall
@@ -80,16 +81,8 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tiny() -> SwitchTransformersConfig:
-    sizes = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_experts": 8}
-    layers = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
-    return SwitchTransformersConfig(**sizes, **layers)
-
-
 def model_of(dtype: torch.dtype, device: str, small: bool, layers: int) -> Any:
-    if small:
-        return random_switch(tiny(), dtype, device)
-    return random_switch("switch-base-128", dtype, device, stacks=("encoder",), layers=layers)
+    return random_switch(config_of(small=small, stacks=("encoder",), layers=layers), dtype, device)
 
 
 def weights_of(installed: Installed, layer: int) -> SlotWeights:
@@ -202,7 +195,7 @@ def speeds(report: Report, device: str, small: bool, end: float) -> None:
     rates = copy_rate(device), matmul_rate(device, dtype)
     report("speed/rates", {"copy_bytes_per_s": rates[0], "matmul_flops": rates[1], "dtype": short(dtype)})
     free_memory()
-    model = model_of(dtype, device, small, 12)
+    model = model_of(dtype, device, small, 4 if small else 12)
     for tokens, length in (SMALL_BATCHES if small else BATCHES).items():
         for skew in ("zipf", "uniform"):
             if time.monotonic() > end:
@@ -345,5 +338,5 @@ def numbers(case: Case, kernel: str, layer_s: float, repeats: int) -> dict[str, 
     }
 
 
-def spread(timing: Any, layers: int) -> dict[str, float]:
+def spread(timing: Timing, layers: int) -> dict[str, float]:
     return {"layer_min_s": timing.min_s / layers, "layer_max_s": timing.max_s / layers}

@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from models_library import Loop, generate, load, per_token, tiny_config
+from models_library import Loop, generate, load, per_token
+from shapes import config_of
 from timing import Report, Timing, free_memory, guarded, median_s
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -157,9 +158,9 @@ def attempt(bench: Bench, rows: list[tuple[Entry, Callable[[Bench, Entry], None]
 
 def make_bench(entry: Entry, sizes: Sizes, small: bool, ends_at: float) -> Bench:
     """The model of all rows but the exact one."""
-    name, dtype = tiny_config() if small else "switch-base-128", torch.bfloat16
+    dtype = torch.bfloat16
     begin = time.monotonic()
-    model = random_switch(name, dtype, entry.device)
+    model = random_switch(config_of(small=small), dtype, entry.device)
     installed = install(model)
     # Random weights say "end" at random: without an end every sequence has as many tokens, in both.
     model.generation_config.eos_token_id = None
@@ -167,7 +168,7 @@ def make_bench(entry: Entry, sizes: Sizes, small: bool, ends_at: float) -> Bench
         torch.cuda.synchronize()
     installed.enable(False)
     entry.numbers |= {
-        "name": "tiny" if small else name,
+        "name": "tiny" if small else "switch-base-128",
         "routing": installed.routing,
         "dtype": str(dtype).removeprefix("torch."),
         "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
@@ -269,7 +270,7 @@ def decode_parts(bench: Bench, entry: Entry) -> None:
 def exact(bench: Bench, entry: Entry) -> None:
     """In float32 and with padding: the encoder's largest error, and whether the tokens are those of the library."""
     small, sizes = entry.numbers["small"], bench.sizes
-    model = random_switch(tiny_config() if small else "switch-base-8", torch.float32, entry.device)
+    model = random_switch(config_of(small=True) if small else "switch-base-8", torch.float32, entry.device)
     installed = install(model)
     installed.enable(False)
     batch, length = sizes.exact

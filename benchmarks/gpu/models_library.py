@@ -10,24 +10,7 @@ from typing import Any
 
 import torch
 from timing import Timing
-from transformers import DynamicCache, EncoderDecoderCache, SwitchTransformersConfig
-
-
-def tiny_config() -> SwitchTransformersConfig:
-    """A rehearsal's shapes."""
-    return SwitchTransformersConfig(
-        vocab_size=96,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_heads=4,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        num_experts=8,
-        decoder_start_token_id=0,
-    )
+from transformers import DynamicCache, EncoderDecoderCache
 
 
 def generate(model: Any, ids_BS: torch.Tensor, tokens: int, mask_BS: torch.Tensor | None = None) -> torch.Tensor:

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from offload_inputs import config_of, policy_of, scenario_of
+from offload_inputs import policy_of, scenario_of
+from shapes import config_of
 from timing import Report, free_memory, guarded
 
 from moesim.backend.offload import Offload
@@ -89,7 +90,7 @@ def run(report: Report, *, device: str, small: bool, budget_s: float) -> None:
         mine = [case for case in cases if (case.phase is Phase.ENCODER) == (stack == "encoder")]
         with guarded(report, f"setup/{stack}"):
             began = time.monotonic()
-            model = random_switch(config_of(stack, small=small), DTYPE, there)
+            model = random_switch(config_of(small=small, stacks=(stack,)), DTYPE, there)
             spec = adapter_of(model)[0].spec(model, adapter_of(model)[1])
             offload: Offload | None = None
             bench: Bench | None = None

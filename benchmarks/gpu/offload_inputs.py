@@ -1,13 +1,12 @@
-"""What the offload benchmark runs: scenarios of made-up routing on the shapes of a model, and policies to compare."""
+"""What the offload benchmark runs: scenarios of made-up routing, and policies to compare."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from offload_trace import VOCABULARY, switch_like
+from offload_trace import switch_like
 
-from moesim.backend.random_model import switch_config
 from moesim.sim.policies import POLICIES, Policy, Recipe, make_policy
 from moesim.sim.policies.prefetching import PrefetchDeeper, PrefetchSequence
 from moesim.sim.residency import Cluster
@@ -16,21 +15,20 @@ from moesim.traces import Phase, Workload
 from moesim.traces.workload import batches
 
 ON_DEMAND = POLICIES["on-demand"]
+GATES = replace(
+    ON_DEMAND,
+    predictor="stacked-gate",
+    rule=PrefetchDeeper(depth=3, least=0.3),
+    eviction="next-use",
+    summary="what later gates say of the inputs so far, the nearest layer that lacks something",
+)
 RECIPES: dict[str, Recipe] = {
     "lru": ON_DEMAND,
     "next-use": replace(ON_DEMAND, eviction="next-use", summary="evict by the fitted frequency and distance"),
-    "prefetch-gates": replace(
-        ON_DEMAND,
-        predictor="stacked-gate",
-        rule=PrefetchDeeper(depth=3, least=0.3),
-        eviction="next-use",
-        summary="what later gates say of the inputs so far, the nearest layer that lacks something",
-    ),
+    "prefetch-gates": GATES,
     "prefetch-sure": replace(
-        ON_DEMAND,
-        predictor="stacked-gate",
+        GATES,
         rule=PrefetchDeeper(depth=3, least=0.7),
-        eviction="next-use",
         summary="the same, likely experts only: where slots are few a wrong copy costs a right one",
     ),
     "prefetch-tokens": replace(
@@ -45,16 +43,6 @@ RECIPES: dict[str, Recipe] = {
     "resident": POLICIES["contiguous"],
 }
 """By the name in the report. All compute what the router chose; oracle and belady are shown the future."""
-
-
-def config_of(stack: str, *, small: bool) -> Any:
-    """Switch-base-128 with experts in one stack; for a rehearsal everything is small."""
-    if not small:
-        return switch_config("switch-base-128", stacks=(stack,))
-    config = switch_config("switch-base-128", stacks=(stack,), experts=8, layers=4)
-    for name, value in {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "vocab_size": VOCABULARY}.items():
-        setattr(config, name, value)
-    return config
 
 
 def scenario_of(

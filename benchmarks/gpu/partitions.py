@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -22,25 +22,25 @@ from partitions_inputs import (
     BASELINE,
     CASES,
     COLD_STEPS,
+    MOE_LAYERS,
     POLICIES,
     SMALL_CASES,
     Case,
-    config_of,
     scenario_of,
     seconds_of,
     simulate_all,
     skew_of,
 )
+from shapes import config_of
 from timing import Report, free_memory, guarded
 
 from moesim.backend.green import Groups, prepare, split
 from moesim.backend.partition_calibrate import Effort, calibrate_partitions
-from moesim.backend.partition_inputs import whole_steps
 from moesim.backend.partition_measure import total
 from moesim.backend.partition_session import spec_of
 from moesim.backend.partitions import PartitionExecutor
 from moesim.backend.random_model import random_switch
-from moesim.backend.shares import forward
+from moesim.backend.shares import forward, shares
 from moesim.sim.policies import make_policy
 from moesim.sim.profile import HardwareProfile
 from moesim.sim.results import StepRecord
@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, case: Case, device: str, dtype: torch.dtype, small: bool) -> None:
         self.case, self.device = case, torch.device(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        model = random_switch(config_of(small, case.experts), dtype, device)
+        model = model_of(case, dtype, device, small)
         self.spec = spec_of(model)
         self.groups: Groups = split(self.device, case.gpus)
         self.executor = PartitionExecutor(
@@ -130,17 +130,22 @@ class Bench:
         free_memory()
 
 
+def model_of(case: Case, dtype: torch.dtype, device: str, small: bool) -> Any:
+    """Every other layer of its encoder has experts."""
+    config = config_of(small=small, stacks=("encoder",), experts=case.experts, layers=2 * MOE_LAYERS)
+    return random_switch(config, dtype, device)
+
+
 def exact_model(report: Report, case: Case, device: str, small: bool) -> None:
     """With the model's own router, in float32, slots poisoned: under every policy the unpatched model's hidden states.
     A token whose router was undecided to the last bit may go another way: they are counted."""
     tokens = 128 if small else EXACT_TOKENS
-    some = Case(**{**asdict(case), "tokens": tokens, "steps": EXACT_STEPS})
-    model = random_switch(config_of(small, case.experts), torch.float32, device)
+    some = replace(case, tokens=tokens, steps=EXACT_STEPS)
+    model = model_of(case, torch.float32, device, small)
     spec = spec_of(model)
     scenario = scenario_of(some, spec)
     with torch.inference_mode():
-        shares = whole_steps(scenario, torch.device(device), None, replay=False)
-        wanted = [forward(model.encoder, share.share) for share in shares]
+        wanted = [forward(model.encoder, share) for share in shares(scenario, None, torch.device(device))]
     executor = PartitionExecutor(torch.device(device), model, scenario, poison=True)
     try:
         error: dict[str, float] = {}
@@ -180,8 +185,7 @@ def exact_replay(report: Report, bench: Bench) -> None:
     executor, case = bench.executor, bench.case
     name = f"exact/replay, {case.gpus} partitions"
     with guarded(report, name):
-        some = Case(**{**asdict(case), "steps": EXACT_STEPS})
-        scenario = bench.take(some)
+        scenario = bench.take(replace(case, steps=EXACT_STEPS))
         executor.poison = True
         outputs: dict[str, list[torch.Tensor]] = {}
         transfers = 0

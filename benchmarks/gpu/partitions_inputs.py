@@ -1,4 +1,4 @@
-"""What the benchmark of partitions runs: workloads, the model's shape, and the simulation of the same runs.
+"""What the benchmark of partitions runs: workloads, and the simulation of the same runs.
 
 Everything is made from numbers that stand in the report, so that simulations can be repeated anywhere, long after the
 measurement. Shape letters: L MoE layers, E experts, G partitions.
@@ -63,21 +63,6 @@ CASES = (
 )
 """In the order of their worth, should the time not suffice for all."""
 SMALL_CASES = (Case(gpus=2, tokens=256, spread=1.0, seed=1, steps=3, extra_slots=1, experts=8, request_tokens=32),)
-
-
-def config_of(small: bool, experts: int) -> Any:
-    """Switch-base-128 with 3 MoE layers among 6 in its encoder; for a rehearsal a tiny model of that form."""
-    from transformers import SwitchTransformersConfig
-
-    from moesim.backend.random_model import switch_config
-
-    if not small:
-        return switch_config("switch-base-128", stacks=("encoder",), layers=2 * MOE_LAYERS)
-    return SwitchTransformersConfig(
-        vocab_size=4096, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2 * MOE_LAYERS, num_decoder_layers=1,
-        num_sparse_encoder_layers=MOE_LAYERS, num_sparse_decoder_layers=0, num_experts=experts,
-        decoder_start_token_id=0,
-    )  # fmt: skip
 
 
 @lru_cache(maxsize=4)

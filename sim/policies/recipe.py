@@ -54,7 +54,8 @@ class Recipe:
     rule: Rule | Prefetch = NEVER
     split: Split = exact_split
     simulated_only: bool = False
-    """True for bounds that no machine can reach, and for what the real executor does not have yet."""
+    """True for what several real GPUs do not run: bounds that no machine can reach, mechanisms that they lack, experts
+    in host memory. The last of these (`miss`) run on one real GPU."""
     double_buffered: bool = False
     """Replicas of all layers share two buffers, see `Cluster`."""
     phase_locked: bool = False

@@ -7,12 +7,13 @@ import copy
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import SwitchTransformersForConditionalGeneration
 
 from moesim.backend import ranks as groups
 from moesim.backend.launch import end_with_parent, report_error
@@ -25,6 +26,9 @@ from moesim.sim.scenario import make_scenario
 from moesim.traces import Phase, TokenTable, Workload
 from moesim.traces.routers import adapter_of
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a process of its own knows no conftest.py
+from switch_models import SHIPPED, tiny_config
+
 EXPERTS, CAPACITY, LAYERS, BATCH_TOKENS = 8, 5, 4, 14
 ENCODER_LENGTHS = [7, 9, 5, 24, 16, 3, 11, 40, 6, 8, 2, 19, 30, 12, 4, 33, 21, 1, 14, 10, 26, 17, 13, 29, 9, 15]
 DECODER_LENGTHS = [5, 8, 12, 3, 18, 30, 9, 2, 6, 11, 25, 7, 1, 16, 4, 10, 20, 8, 13, 22, 3, 14, 27, 6, 12, 19]
@@ -32,20 +36,7 @@ DECODER_LENGTHS = [5, 8, 12, 3, 18, 30, 9, 2, 6, 11, 25, 7, 1, 16, 4, 10, 20, 8,
 
 def tiny_model(seed=0):
     torch.manual_seed(seed)
-    config = SwitchTransformersConfig(
-        vocab_size=96,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_heads=4,
-        num_layers=LAYERS,
-        num_decoder_layers=LAYERS,
-        num_sparse_encoder_layers=2,
-        num_sparse_decoder_layers=2,
-        num_experts=EXPERTS,
-        expert_capacity=CAPACITY,
-        decoder_start_token_id=0,
-    )
+    config = tiny_config(LAYERS, LAYERS // 2, EXPERTS, CAPACITY)
     return SwitchTransformersForConditionalGeneration(config).eval()
 
 
@@ -55,8 +46,7 @@ def spec_of(model):
 
 
 def shipped_model():
-    folder = Path(__file__).parents[2] / "models/switch-mini"
-    return load_model(folder, "float32")
+    return load_model(SHIPPED, "float32")
 
 
 def tokens(lengths, seed):
@@ -139,21 +129,23 @@ def table(columns, ids_TL, dropped_TL, phase):
     )
 
 
-def expected(model, scenario, encoder_table):
+def expected(model, scenario, encoder_table=None, *, together=False):
     """Output, ids and dropped of the unpatched model for every step, in the scenario's token order.
 
     Each rank's requests are one batch: attention then adds in the same order, and what differs is the experts' doing.
+    `together`: so are all requests of a step, as partitions of one device have them.
     """
-    reference = Reference(model, encoder_table is not None)
-    return [expected_of(reference, step, scenario.cluster.gpus, encoder_table) for step in scenario.steps()]
+    reference = Reference(copy.deepcopy(model), encoder_table is not None)
+    steps = list(scenario.steps())
+    if together:
+        steps = [replace(step, rank=np.zeros_like(step.rank)) for step in steps]
+    return [expected_of(reference, step, encoder_table) for step in steps]
 
 
-def expected_of(reference, step, gpus, encoder_table):
+def expected_of(reference, step, encoder_table):
     parts, order = [], []
-    for rank in range(gpus):
+    for rank in np.unique(step.rank):
         mine = np.flatnonzero(step.rank == rank)
-        if not len(mine):
-            continue
         token, request, position = (getattr(step.tokens, name)[mine] for name in ("token_id", "request", "position"))
         batches = [pad(token, request, position)]
         if encoder_table is not None:
@@ -173,7 +165,7 @@ def run_case(ranks, phase, model, policies):
     scenario = make_scenario(
         spec_of(model), recording, phase=phase, gpus=ranks.size, workload=Workload(batch=BATCH_TOKENS)
     )
-    wanted = expected(copy.deepcopy(model), scenario, encoder_table)
+    wanted = expected(model, scenario, encoder_table)
     executor = Executor(ranks, copy.deepcopy(model), scenario, encoder_table)
     found = {}
     for name in policies:
@@ -201,6 +193,25 @@ def run_case(ranks, phase, model, policies):
             "wrong_weights": wrong_weights(executor, ranks.rank),
         }
     return found
+
+
+def run_replay(ranks):
+    """What was recorded of one model, without words, forced on the layers of another."""
+    recording, _ = recorded(tiny_model(), False)
+    model = tiny_model(seed=5)
+    scenario = make_scenario(
+        spec_of(model),
+        replace(recording, token_id=None),
+        phase=Phase.ENCODER,
+        gpus=ranks.size,
+        workload=Workload(batch=BATCH_TOKENS),
+    )
+    executor = Executor(ranks, model, scenario, routing="replay")
+    records = executor.run(make_policy("eplb", scenario.cluster, scenario.fit))
+    return {
+        "computed": [np.sum(record.load_LG, axis=1).tolist() for record in records],
+        "recorded": [(~step.dropped).sum(axis=0).tolist() for step in scenario.steps()],
+    }
 
 
 def wrong_weights(executor, rank):
@@ -231,6 +242,7 @@ def main():
                     found[f"{phase.name.lower()}-{size}"] = run_case(ranks, phase, model, some)
                     if size == 2:
                         found[f"shipped-{phase.name.lower()}"] = run_case(ranks, phase, shipped, some)
+                found[f"replay-{size}"] = run_replay(ranks)
             dist.barrier()
         (folder / f"cases-{rank}.json").write_text(json.dumps(found))
         groups.leave()

@@ -12,19 +12,22 @@ NUMBERS = {"groups": "i32", "slot_stride": "i32"}
 ROWS = (4, 64, 1024, 4096, 32768)
 
 
-def compile_one(function, constants, tile):
-    types = {}
-    for name in function.arg_names:
-        types[name] = "constexpr" if name in constants else POINTERS.get(name) or NUMBERS.get(name) or "*bf16"
+def for_hopper(function, kind_of, constants, aligned=lambda _: False, **options):
+    """The function compiled; `kind_of` gives the type of an argument that is no constant, by its name."""
+    types = {name: "constexpr" if name in constants else kind_of(name) for name in function.arg_names}
     place = {name: i for i, name in enumerate(function.arg_names)}
-    aligned = {
-        (place[name],): [["tt.divisibility", 16]]
-        for name, kind in types.items()
-        if kind == "*bf16" or name == "slot_stride"
-    }
-    source = ASTSource(function, types, {(place[name],): value for name, value in constants.items()}, aligned)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    values = {(place[name],): value for name, value in constants.items()}
+    hints = {(place[name],): [["tt.divisibility", 16]] for name in types if name not in constants and aligned(name)}
+    source = ASTSource(function, types, values, hints)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def kind_of(name):
+    return POINTERS.get(name) or NUMBERS.get(name) or "*bf16"
+
+
+def aligned(name):
+    return kind_of(name) == "*bf16" or name == "slot_stride"
 
 
 def main():
@@ -45,7 +48,8 @@ def main():
                 "PRECISION": "tf32",
                 **extra,
             }
-            compiled = compile_one(function, constants, tile)
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            compiled = for_hopper(function, kind_of, constants, aligned, **options)
             assert compiled.metadata.shared <= kernels.SHARED_BYTES, (rows, columns, tile, compiled.metadata.shared)
             kind = "wgmma" if "wgmma" in compiled.asm["ptx"] else "mma"
             print(rows, columns, tile, "shared bytes", compiled.metadata.shared, kind)

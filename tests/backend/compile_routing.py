@@ -1,8 +1,6 @@
 """Run by test_routing_kernels.py: compile the routing kernels for an H100 as they are called; no GPU is needed."""
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compile_kernels import for_hopper
 
 from moesim.backend import triton_routing
 
@@ -17,11 +15,7 @@ CALLS = [
 
 def main():
     for name, pointers, constants in CALLS:
-        function = getattr(triton_routing, name)
-        types = {arg: "constexpr" if arg in constants else pointers.get(arg, "i32") for arg in function.arg_names}
-        place = {arg: i for i, arg in enumerate(function.arg_names)}
-        source = ASTSource(function, types, {(place[arg],): value for arg, value in constants.items()})
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        for_hopper(getattr(triton_routing, name), lambda arg, known=pointers: known.get(arg, "i32"), constants)
         print(name)
 
 

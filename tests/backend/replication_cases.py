@@ -28,9 +28,14 @@ REPLICATION = replace(POLICIES["predictive-replication"], predictor="token-table
 
 
 class Padded(ExpertSlots):
-    def _one(self, x_ND, slot):
-        missing = max(ROWS - len(x_ND), 0)
-        return super()._one(torch.nn.functional.pad(x_ND, (0, 0, 0, missing)), slot)[: len(x_ND)]
+    def forward(self, x_ND, slot_X, tokens_X):
+        rows_X = [max(tokens, ROWS) for tokens in tokens_X]
+        parts = zip(torch.split(x_ND, tokens_X), rows_X, strict=True)
+        padded = [torch.nn.functional.pad(part, (0, 0, 0, rows - len(part))) for part, rows in parts]
+        if not padded:
+            return super().forward(x_ND, slot_X, tokens_X)
+        out = torch.split(super().forward(torch.cat(padded), slot_X, rows_X), rows_X)
+        return torch.cat([part[:tokens] for part, tokens in zip(out, tokens_X, strict=True)])
 
 
 def main():

@@ -1,18 +1,11 @@
 """Fused attention and norms against the library's own, in the tolerances that `backend/attention.py` states."""
 
-import sys
-from pathlib import Path
-
+import cases
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-
 from moesim.backend.attention import ALIGNMENT, aligned, attend, fuse, fuse_attention, fuse_norms, fused_attention
 from moesim.traces import InputError
-
-sys.path.remove(str(Path(__file__).parent))
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 WITH_NORMS = TOLERANCE | {torch.float64: 1e-6}

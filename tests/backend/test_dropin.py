@@ -1,16 +1,15 @@
 import copy
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from switch_models import SHIPPED, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
@@ -23,30 +22,14 @@ from moesim.backend.routing import SwitchRouting, drop_over_capacity
 from moesim.backend.switch import load_model, sparse_layers
 from moesim.traces import InputError
 
-MODEL = Path(__file__).parents[2] / "models/switch-mini"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 KERNELS = ("loop", "grouped_mm")
 DTYPES = list(TOLERANCE)
 
 
-def switch(capacity=64, seed=0, **sizes):
-    torch.manual_seed(seed)
-    config = SwitchTransformersConfig(
-        vocab_size=96,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_heads=4,
-        num_layers=4,
-        num_decoder_layers=4,
-        num_sparse_encoder_layers=2,
-        num_sparse_decoder_layers=2,
-        num_experts=8,
-        expert_capacity=capacity,
-        decoder_start_token_id=0,
-        **sizes,
-    )
-    model = SwitchTransformersForConditionalGeneration(config).eval()
+def switch(capacity=64):
+    torch.manual_seed(0)
+    model = SwitchTransformersForConditionalGeneration(tiny_config(capacity=capacity)).eval()
     for name, parameter in model.named_parameters():
         if "experts" in name:  # the library starts them so small that a wrong expert would not be noticed
             torch.nn.init.normal_(parameter, std=0.3)
@@ -154,7 +137,7 @@ def test_on_a_cpu_the_loop_gives_the_same_bits():
 
 
 def test_the_shipped_model_gives_the_same_tokens():
-    model = load_model(MODEL, "float32")
+    model = load_model(SHIPPED, "float32")
     ids = torch.randint(3, 6000, (2, 90), generator=torch.Generator().manual_seed(5))
     want = model.generate(ids, max_new_tokens=6, do_sample=False)
     install(model, kernel="grouped_mm")

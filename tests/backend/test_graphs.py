@@ -4,24 +4,19 @@ Tolerances, relative to the largest value: 1e-12 in float64 (1e-6 with fused nor
 float32), 1e-5 in float32; tokens are equal.
 """
 
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
+import cases
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-
 from moesim.backend import dropin
 from moesim.backend.attention import fuse
+from moesim.backend.blocks import in_range
 from moesim.backend.capture import WARM_UPS, GraphedCall, GraphPool
-from moesim.backend.graphs import GraphedDecoder, GraphedEncoder, in_range, rules_of
+from moesim.backend.graphs import GraphedDecoder, GraphedEncoder, rules_of
 from moesim.traces import InputError
-
-sys.path.remove(str(Path(__file__).parent))
 
 LENGTH = 21
 
@@ -269,7 +264,7 @@ def test_a_body_that_waits_for_the_device_is_named(monkeypatch):
     here, now, calls = Stream(), [], []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
     monkeypatch.setattr(torch.cuda, "set_stream", now.append)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device, priority: Stream())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", BadCapture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)

@@ -84,7 +84,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda raw, device: ("external", raw))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("plain", device))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: ("plain", device))
     monkeypatch.setattr(green, "_try", lambda device, streams: None)
 
     def give(driver):

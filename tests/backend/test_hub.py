@@ -1,16 +1,15 @@
 """Models by folder or hub id; the hub's own cache stands in for the network."""
 
 import json
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from switch_models import SHIPPED
 
 from moesim.backend.hub import model_folder, model_name
 from moesim.cli import main
 from moesim.traces import InputError
 
-SHIPPED = Path(__file__).parents[2] / "models/switch-mini"
 REVISION = "0123456789012345678901234567890123456789"
 
 

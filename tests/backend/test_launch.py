@@ -4,10 +4,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
+from processes import runs, wait_until
 
 from moesim.backend.launch import check_device, run_ranks
 from moesim.traces import InputError, MoesimError
@@ -66,19 +66,5 @@ def test_why_there_is_no_gpu(monkeypatch, cuda, says):
 
 
 def alive(folder):
-    """Process ids of ranks that still run (not those that have ended and wait to be reaped)."""
-    found = []
-    for file in folder.glob("pid-*"):
-        stat = Path(f"/proc/{file.read_text()}/stat")
-        if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-            found.append(file.name)
-    return found
-
-
-def wait_until(condition):
-    """Poll, so that the test needs no guess of how long something takes; the limit is only against a hang."""
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("did not happen in a minute")
+    """Files of ranks that still run."""
+    return [file.name for file in folder.glob("pid-*") if runs(file.read_text())]

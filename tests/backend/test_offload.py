@@ -3,17 +3,13 @@
 The tolerances: 1e-12 where the model is float64 (sums in another order would show at 1e-16), 1e-5 in float32.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import cases
 import numpy as np
+import offload_cases as small
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-import offload_cases as small
 
 from moesim.backend.offload import Offload
 from moesim.backend.slots import Inline, Threaded
@@ -22,8 +18,6 @@ from moesim.sim.engine import simulate
 from moesim.sim.policies import POLICIES, make_policy
 from moesim.sim.profile import load_profile
 from moesim.traces import InputError
-
-sys.path.remove(str(Path(__file__).parent))
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 

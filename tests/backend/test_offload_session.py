@@ -4,17 +4,13 @@ Float32: hidden states of size 1 agree within 2e-5, as sums and norms run in ano
 """
 
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import cases
 import numpy as np
+import offload_cases as small
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-import offload_cases as small
 
 from moesim.backend.offload_session import OffloadRun, results_of, run_interleaved
 from moesim.backend.routing import SwitchRouting
@@ -25,8 +21,6 @@ from moesim.sim.policies import make_policy
 from moesim.sim.profile import load_profile
 from moesim.sim.scenario import make_scenario
 from moesim.traces import InputError, Phase, Workload
-
-sys.path.remove(str(Path(__file__).parent))
 
 TOLERANCE = 2e-5
 POLICIES = ["on-demand", "lfu", "on-demand-cpu", "prefetch-layer", "prefetch-ridge", "oracle-prefetch"]

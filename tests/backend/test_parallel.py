@@ -1,9 +1,9 @@
 """The executor against the Hugging Face forward of the same batches: 1, 2 and 3 ranks, every policy, both phases."""
 
 import json
-import sys
 from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 
@@ -36,13 +36,8 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recordings():
-    """Phase to (cases.py as a module, its recording)."""
-    sys.path.insert(0, str(HERE))
-    try:
-        import cases
-    finally:
-        sys.path.remove(str(HERE))
-    return {phase: (cases, cases.recorded(cases.tiny_model(), phase == "prefill")[0]) for phase in PHASES}
+    """Phase to the recording of the tiny model."""
+    return {phase: cases.recorded(cases.tiny_model(), phase == "prefill")[0] for phase in PHASES}
 
 
 def facts(found, phase, size, policy):
@@ -69,6 +64,12 @@ def test_the_shipped_model_too(found, phase, policy):
     ranks = [rank[f"shipped-{phase}"][policy] for rank in found[:2]]
     assert max(rank["difference"] for rank in ranks) <= TOLERANCE
     assert [rank["wrong_weights"] for rank in ranks] == [[], []]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_recorded_routing_is_forced_on_the_layers_of_another_model(found, size):
+    for rank in found[:size]:
+        assert rank[f"replay-{size}"]["computed"] == rank[f"replay-{size}"]["recorded"]
 
 
 @pytest.mark.parametrize("size", (2, 3))
@@ -98,11 +99,10 @@ def test_replicas_are_bit_identical_to_the_models_weights(found, policy):
 
 @pytest.mark.parametrize(("phase", "size", "policy"), [case for case in CASES if case[2] in TIME_DOES_NOT_MATTER])
 def test_decisions_equal_those_of_the_simulator(found, recordings, phase, size, policy):
-    cases, recording = recordings[phase]
     which = Phase[phase.upper()]
     scenario = make_scenario(
         cases.spec_of(cases.tiny_model()),
-        recording,
+        recordings[phase],
         phase=which,
         gpus=size,
         workload=Workload(batch=cases.BATCH_TOKENS),

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.backend.partition_fit import PartitionRates, PhaseSamples, fit_partitions, phase_seconds
-from moesim.sim.cost import RankTokens, attention_seconds
+from moesim.backend.partition_fit import PartitionRates, PhaseSamples, fit_partitions
+from moesim.sim.cost import RankTokens, attention_seconds, expert_seconds
 from moesim.sim.profile import Attention, Gpu
 from moesim.traces.spec import ModelSpec, StackSpec, Widths
 
@@ -29,6 +29,11 @@ TRUE = Gpu(
 )
 
 
+def phase_seconds(tokens_NEG, gpu):
+    """[N, G] what the cost model says of each sample."""
+    return np.stack([expert_seconds(tokens_EG, gpu, SPEC, DTYPE) for tokens_EG in tokens_NEG])
+
+
 def made_up(rng, noise):
     """Samples as TRUE would give them, and how they were made."""
     tokens = []
@@ -42,7 +47,7 @@ def made_up(rng, noise):
                 alone_EG = tokens_EG * (np.arange(4) == len(tokens) % 4)
                 tokens += [tokens_EG, alone_EG]
     tokens_NEG = np.stack(tokens)
-    busy_NG = phase_seconds(tokens_NEG, TRUE, SPEC, DTYPE) * (1 + noise * rng.standard_normal((len(tokens), 4)))
+    busy_NG = phase_seconds(tokens_NEG, TRUE) * (1 + noise * rng.standard_normal((len(tokens), 4)))
     return PhaseSamples(tokens_NEG=tokens_NEG, busy_NG=busy_NG, phase_N=busy_NG.max(axis=1) + 5e-6)
 
 
@@ -68,7 +73,7 @@ def test_other_loads_are_predicted_within_a_few_percent(fitted):
     (gpu, error), _ = fitted
     assert gpu.tile_rows == 64 and error["experts"] < 0.02
     other = made_up(np.random.default_rng(4), noise=0.0)
-    told_NG = phase_seconds(other.tokens_NEG, replace(gpu, launch_s=gpu.launch_s - 5e-6), SPEC, DTYPE)
+    told_NG = phase_seconds(other.tokens_NEG, replace(gpu, launch_s=gpu.launch_s - 5e-6))
     busy = other.busy_NG > 0
     assert np.abs(told_NG[busy] / other.busy_NG[busy] - 1).max() < 0.05
     assert gpu.shared_slowdown == pytest.approx(0.25, abs=0.03)

@@ -1,11 +1,10 @@
 """Partitions of a CPU: exact under every policy, copies that cannot be read too early, records that add up."""
 
 import copy
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -29,7 +28,6 @@ from moesim.sim.scenario import make_scenario
 from moesim.sim.totals import PHASES
 from moesim.traces import InputError, Phase, PolicyError, Workload
 
-HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 RUNNABLE = [name for name, parts in POLICIES.items() if not parts.simulated_only]
 TIME_DOES_NOT_MATTER = ("contiguous", "balanced", "eplb")
@@ -42,28 +40,14 @@ RUNS = (
 
 
 @pytest.fixture(scope="module")
-def cases():
-    sys.path.insert(0, str(HERE))
-    try:
-        import cases
-    finally:
-        sys.path.remove(str(HERE))
-    return cases
-
-
-@pytest.fixture(scope="module")
-def found(cases):
+def found():
     """{(phase, partitions): (scenario, what the unpatched model says, {policy: facts})}, slots poisoned."""
     model = cases.tiny_model()
     seen = {}
     for phase, size, policies in RUNS:
         recording, encoder_table = cases.recorded(copy.deepcopy(model), phase is Phase.PREFILL)
-        scenario = scenario_of(cases, model, recording, phase, size)
-        reference = cases.Reference(copy.deepcopy(model), encoder_table is not None)
-        wanted = [
-            cases.expected_of(reference, replace(step, rank=np.zeros_like(step.rank)), 1, encoder_table)
-            for step in scenario.steps()
-        ]
+        scenario = scenario_of(model, recording, phase, size)
+        wanted = cases.expected(model, scenario, encoder_table, together=True)
         executor = PartitionExecutor(CPU, copy.deepcopy(model), scenario, encoder_table, poison=True)
         facts = {name: run(executor, name, wanted) for name in policies}
         executor.close()
@@ -71,7 +55,7 @@ def found(cases):
     return seen
 
 
-def scenario_of(cases, model, recording, phase, size, **more):
+def scenario_of(model, recording, phase, size, **more):
     workload = Workload(batch=cases.BATCH_TOKENS)
     return make_scenario(cases.spec_of(model), recording, phase=phase, gpus=size, workload=workload, **more)
 
@@ -149,13 +133,12 @@ def test_decisions_equal_those_of_the_simulator(found, phase, size, policy):
     assert log.text() == facts[policy]["log"]
 
 
-def test_a_replica_is_not_used_before_its_copy_is_done(cases, monkeypatch):
+def test_a_replica_is_not_used_before_its_copy_is_done(monkeypatch):
     """Copies that end only when the run is over: all are late, none is computed from, and outputs stay right."""
     model = cases.tiny_model()
     recording, _ = cases.recorded(copy.deepcopy(model), False)
-    scenario = scenario_of(cases, model, recording, Phase.ENCODER, 2, max_steps=3)
-    reference = cases.Reference(copy.deepcopy(model), False)
-    wanted = [cases.expected_of(reference, replace(s, rank=np.zeros_like(s.rank)), 1, None) for s in scenario.steps()]
+    scenario = scenario_of(model, recording, Phase.ENCODER, 2, max_steps=3)
+    wanted = cases.expected(model, scenario, together=True)
     over, write = threading.Event(), partition_copies._write
 
     def slow(target_P, source_P):
@@ -203,12 +186,12 @@ def test_experts_that_change_places_at_once_are_read_before_they_are_overwritten
     queues.close()
 
 
-def test_a_failing_partition_ends_the_run_with_its_error(cases, monkeypatch):
+def test_a_failing_partition_ends_the_run_with_its_error(monkeypatch):
     from moesim.backend import partition_experts
 
     model = cases.tiny_model()
     recording, _ = cases.recorded(copy.deepcopy(model), False)
-    executor = PartitionExecutor(CPU, copy.deepcopy(model), scenario_of(cases, model, recording, Phase.ENCODER, 2))
+    executor = PartitionExecutor(CPU, copy.deepcopy(model), scenario_of(model, recording, Phase.ENCODER, 2))
 
     def fail(*_):
         raise RuntimeError("no such kernel")
@@ -219,11 +202,11 @@ def test_a_failing_partition_ends_the_run_with_its_error(cases, monkeypatch):
     executor.queues.close()
 
 
-def test_recorded_routing_is_forced_on_random_weights(cases):
+def test_recorded_routing_is_forced_on_random_weights():
     model = cases.tiny_model(seed=5)
     recording, _ = cases.recorded(cases.tiny_model(), False)
     no_words = replace(recording, token_id=None)
-    scenario = scenario_of(cases, model, no_words, Phase.ENCODER, 2, max_steps=2)
+    scenario = scenario_of(model, no_words, Phase.ENCODER, 2, max_steps=2)
     executor = PartitionExecutor(CPU, model, scenario, routing="replay")
     records = executor.run(make_policy("balanced", scenario.cluster, scenario.fit))
     executor.close()
@@ -232,17 +215,18 @@ def test_recorded_routing_is_forced_on_random_weights(cases):
     assert executor.describe()["routing"] == "replay"
 
 
-def test_what_cannot_run_is_said_in_one_line(cases):
+def test_what_cannot_run_is_said_in_one_line():
     model = cases.tiny_model()
     recording, _ = cases.recorded(copy.deepcopy(model), False)
-    scenario = scenario_of(cases, model, recording, Phase.ENCODER, 2)
-    two = replace(scenario.spec, top_k=2)
+    scenario = scenario_of(model, recording, Phase.ENCODER, 2)
+    two, more = replace(scenario.spec, top_k=2), replace(scenario.spec, num_experts=9)
     for wrong, routing, says in (
         (replace(scenario, phase=Phase.DECODE), "model", "decode steps"),
         (replace(scenario, phase=Phase.PREFILL), "model", "record both stacks"),
-        (replace(scenario, spec=two), "model", "one expert a token"),
+        (replace(scenario, spec=two), "model", "top-k 2, the model has 1"),
+        (replace(scenario, workload=replace(scenario.workload, chunked=True)), "model", "chunked prefill"),
         (scenario, "guess", "--routing must be"),
-        (replace(scenario, cluster=replace(scenario.cluster, layers=1)), "replay", "replay needs equal ones"),
+        (replace(scenario, spec=more), "replay", "experts 9, the model has 8"),
     ):
         with pytest.raises(InputError, match=says):
             PartitionExecutor(CPU, copy.deepcopy(model), wrong, routing=routing)
@@ -250,10 +234,10 @@ def test_what_cannot_run_is_said_in_one_line(cases):
         PartitionExecutor(CPU, copy.deepcopy(model), scenario, kernel="grouped_mm")
 
 
-def test_calibration_measures_every_term_and_the_profile_simulates(cases):
+def test_calibration_measures_every_term_and_the_profile_simulates():
     model = cases.tiny_model()
     recording, _ = cases.recorded(copy.deepcopy(model), False)
-    scenario = scenario_of(cases, model, recording, Phase.ENCODER, 2, max_steps=3)
+    scenario = scenario_of(model, recording, Phase.ENCODER, 2, max_steps=3)
     executor = calibration_executor(CPU, copy.deepcopy(model), 2, 1)
     effort = Effort(samples=1, repeats=1, decision_steps=2)
     profile, raw = calibrate_partitions(
@@ -273,7 +257,7 @@ def test_calibration_measures_every_term_and_the_profile_simulates(cases):
     assert result.phase_s()["experts"] > 0 and result.phase_s()["decide"] > 0
 
 
-def test_the_kernels_get_what_they_document(cases, monkeypatch):
+def test_the_kernels_get_what_they_document(monkeypatch):
     """The way of a GPU with stand-ins that do what kernels.py says of its own: the same results as the loop."""
     from moesim.backend import kernels, partition_experts
 
@@ -301,9 +285,8 @@ def test_the_kernels_get_what_they_document(cases, monkeypatch):
     monkeypatch.setattr(partition_experts, "kernel_of", lambda *_: "triton")
     model = cases.tiny_model()
     recording, _ = cases.recorded(copy.deepcopy(model), False)
-    scenario = scenario_of(cases, model, recording, Phase.ENCODER, 3, max_steps=4)
-    reference = cases.Reference(copy.deepcopy(model), False)
-    wanted = [cases.expected_of(reference, replace(s, rank=np.zeros_like(s.rank)), 1, None) for s in scenario.steps()]
+    scenario = scenario_of(model, recording, Phase.ENCODER, 3, max_steps=4)
+    wanted = cases.expected(model, scenario, together=True)
     executor = PartitionExecutor(CPU, copy.deepcopy(model), scenario)
     found = run(executor, "predictive-batch", wanted)
     executor.close()

@@ -1,10 +1,10 @@
 """Predicted routing: what is executed is the forecast, and with a perfect forecast it is the model."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import cases
 import numpy as np
+import offload_cases as small
 import pytest
 import torch
 from hypothesis import given
@@ -13,12 +13,6 @@ from hypothesis import strategies as st
 from moesim.backend.predicted import mean_weights, over_capacity
 from moesim.sim.policies import POLICIES
 from moesim.traces import PolicyError
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-import offload_cases as small
-
-sys.path.remove(str(Path(__file__).parent))
 
 PREDICTED = replace(POLICIES["on-demand"], predictor="token-table", routing="predicted")
 

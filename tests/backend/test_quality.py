@@ -1,12 +1,11 @@
 """Quality on the shipped model: exact policies cost none, lossy ones what a computation by other means says."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from switch_models import SHIPPED
 
 from moesim.backend.quality import Settings, batches, measure, outputs
 from moesim.backend.switch import load_model
@@ -16,11 +15,6 @@ from moesim.traces.record import RecordOptions, record
 from moesim.traces.record import load_model as load_recorded
 from moesim.traces.store import Trace
 from moesim.traces.texts import read_texts
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from switch_models import SHIPPED
-
-sys.path.remove(str(Path(__file__).parents[1]))
 
 CPU = torch.device("cpu")
 EXACT = [name for name, p in POLICIES.items() if p.miss and not (p.lossy or p.clairvoyant or is_trained(name))]

@@ -1,9 +1,7 @@
 """Experts in fewer bits: the bytes that the simulator charges, and weights within half a step of the model's."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
+import offload_cases as small
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,11 +12,6 @@ from moesim.backend.quantize import BITS, CLIPS, GROUP, dequantise, packed_bytes
 from moesim.sim.execution import COPY_BYTES, copy_bytes
 from moesim.sim.residency import PRECISIONS
 from moesim.traces import InputError
-
-sys.path.insert(0, str(Path(__file__).parent))
-import offload_cases as small
-
-sys.path.remove(str(Path(__file__).parent))
 
 SHAPES = [(128, 72), (768, 3072), (2048, 1408)]
 """(d_model, d_ff) of switch-mini, Switch-base and DeepSeek-V2-Lite."""

@@ -1,31 +1,17 @@
 import pytest
 import torch
-from transformers import SwitchTransformersConfig
+from switch_models import tiny_config
 
 from moesim.backend.dropin import install
 from moesim.backend.random_model import NAMES, random_switch, switch_config
 from moesim.traces import InputError
 
 
-def tiny(**more):
-    sizes = {
-        "vocab_size": 64,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_heads": 4,
-        "num_layers": 4,
-        "num_decoder_layers": 4,
-    }
-    sizes |= {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "num_experts": 8}
-    return SwitchTransformersConfig(**(sizes | more), decoder_start_token_id=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_random_model_runs_generates_and_stays_finite(dtype):
-    model = random_switch(tiny(), dtype, "cpu")
+    model = random_switch(tiny_config(), dtype, "cpu")
     assert {p.dtype for p in model.parameters()} == {dtype}
-    ids = torch.randint(2, 64, (4, 30), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, 96, (4, 30), generator=torch.Generator().manual_seed(1))
     states = model.encoder(input_ids=ids).last_hidden_state
     assert states.isfinite().all() and 0.1 < states.float().std() < 10
     want = model.generate(ids, max_new_tokens=4, min_new_tokens=4)
@@ -34,7 +20,7 @@ def test_a_random_model_runs_generates_and_stays_finite(dtype):
 
 
 def test_routers_are_neither_certain_nor_indifferent():
-    model = random_switch(tiny(), torch.float32, "cpu")
+    model = random_switch(tiny_config(), torch.float32, "cpu")
     said = []
     for name, module in model.encoder.named_modules():
         if name.endswith("router"):
@@ -47,7 +33,7 @@ def test_routers_are_neither_certain_nor_indifferent():
 
 
 def test_the_same_seed_gives_the_same_weights_and_ties_are_kept():
-    one, same, other = (random_switch(tiny(), torch.float32, "cpu", seed=seed) for seed in (0, 0, 1))
+    one, same, other = (random_switch(tiny_config(), torch.float32, "cpu", seed=seed) for seed in (0, 0, 1))
     states = [model.state_dict() for model in (one, same, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["shared.weight"], states[2]["shared.weight"])
@@ -55,7 +41,7 @@ def test_the_same_seed_gives_the_same_weights_and_ties_are_kept():
 
 
 def test_experts_lie_in_one_tensor_from_the_start():
-    model = random_switch(tiny(), torch.bfloat16, "cpu")
+    model = random_switch(tiny_config(), torch.bfloat16, "cpu")
     before = [p.data_ptr() for name, p in model.named_parameters() if "experts" in name]
     installed = install(model)
     assert [p.data_ptr() for name, p in model.named_parameters() if "experts" in name] == before

@@ -41,7 +41,7 @@ class Cuda:
         self.compute = Stream("compute")
         self.now, self.made = self.compute, []
 
-    def Stream(self, _device, priority=0):  # torch's name
+    def new_stream(self, _device, priority=0):
         self.made.append(Stream("demand" if priority < 0 else "ahead"))
         return self.made[-1]
 
@@ -59,6 +59,7 @@ class Cuda:
 def gpu(monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(streams, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(streams, "new_stream", cuda.new_stream)
     monkeypatch.setattr(
         streams, "carry", lambda run, _host, _slots: cuda.now.log.append(("copy", [c.transfer.expert for c in run]))
     )

@@ -1,19 +1,13 @@
 """`moesim quality`, and what `simulate` and `compare` make of its file."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from switch_models import SHIPPED
 
 from moesim.cli.main import main
 from moesim.sim.quality import load_qualities
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from switch_models import SHIPPED
-
-sys.path.remove(str(Path(__file__).parents[1]))
 
 RESIDENT, SIMULATE = 8, ["--profile", "1xRTX4090-PCIe", "--resident", "8", "--batch-tokens", "256", "--max-steps", "3"]
 

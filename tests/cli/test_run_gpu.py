@@ -1,8 +1,6 @@
 """`moesim run-gpu` as a user sees it: one error line before anything starts, results of a real run on two CPU ranks."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -15,25 +13,11 @@ from moesim.sim.results import PHASES, load_results
 from moesim.traces.store import Trace
 from moesim.traces.writer import TraceWriter
 
-BACKEND = Path(__file__).parents[1] / "backend"
-
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """(model folder, trace) of a tiny random Switch model."""
-    sys.path.insert(0, str(BACKEND))
-    try:
-        import cases
-    finally:
-        sys.path.remove(str(BACKEND))
-    folder = tmp_path_factory.mktemp("run-gpu")
-    model = cases.tiny_model()
-    spec = cases.spec_of(model)
-    recording, _ = cases.recorded(model, False)
-    with TraceWriter(folder / "tiny.moetrace", spec, {}) as writer:
-        writer.append("encoder", recording)
-    cases.tiny_model().save_pretrained(folder / "model")
-    return folder / "model", folder / "tiny.moetrace"
+def inputs(tiny):
+    """(model folder, trace)."""
+    return tiny[:2]
 
 
 def invoke(*arguments):

@@ -2,11 +2,10 @@
 compare make of it."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from switch_models import SHIPPED
 
 from moesim.backend import random_model
 from moesim.backend.offload_options import Offloading
@@ -18,11 +17,6 @@ from moesim.sim.results import load_results
 from moesim.traces import InputError
 from moesim.traces.record import RecordOptions, load_model, record
 from moesim.traces.texts import read_texts
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from switch_models import SHIPPED
-
-sys.path.remove(str(Path(__file__).parents[1]))
 
 SAME = ["--batch-tokens", "256", "--max-steps", "3", "--phase", "encoder"]
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from helpers import make_quality
 from moesim.sim.policies import POLICIES, recipe_digest
 from moesim.sim.quality import (
     NOT_MEASURED,
-    Quality,
     comparable,
     how_to_measure,
     is_lossy,
@@ -21,21 +21,7 @@ from moesim.sim.results import Result
 from moesim.sim.totals import PHASES, StepRecord
 from moesim.traces import InputError
 
-FATE = Quality(
-    policy="fate",
-    policy_digest=recipe_digest(POLICIES["fate"]),
-    model_digest="abc",
-    phase="prefill",
-    resident=8,
-    copy_dtype=None,
-    loss=2.25,
-    exact_loss=2.0,
-    loss_error=0.01,
-    top1_agreement=0.875,
-    output_error=0.05,
-    shares={},
-    config={"requests": 3},
-)
+FATE = make_quality("fate", resident=8)
 
 
 def result(policy, seconds=1.0, *, config=None, **counts):

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import make_spec, make_table
+from helpers import make_quality, make_spec, make_table
 from moesim.sim import tune as tuning
 from moesim.sim.execution import Execution
-from moesim.sim.policies import POLICIES, recipe, recipe_digest
+from moesim.sim.policies import POLICIES, recipe
 from moesim.sim.profile import load_profile
-from moesim.sim.quality import Quality
 from moesim.sim.scenario import make_scenario
 from moesim.sim.tune import (
     Candidate,
@@ -191,27 +190,10 @@ def test_what_cannot_run_is_out_with_its_reason():
 LOSSY = Execution(copy_dtype="int4")
 
 
-def quality_of(policy):
-    return Quality(
-        policy=policy,
-        policy_digest=recipe_digest(POLICIES[policy]),
-        model_digest="m",
-        phase="prefill",
-        resident=None,
-        copy_dtype="int4",
-        loss=2.1,
-        exact_loss=2.0,
-        loss_error=0.01,
-        top1_agreement=0.97,
-        output_error=0.02,
-        shares={},
-        config={},
-    )
-
-
 def test_lossy_ones_win_only_when_allowed_and_measured():
-    whole = replace(make(), model_digest="m")
+    whole = replace(make(), model_digest="abc")
     choice = candidates(["predictive-layer"], [1])
+    other, right = (make_quality(name, copy_dtype="int4") for name in ("eplb", "predictive-layer"))
 
     def run(**options):
         found = tune(whole, NODE, choice, execution=LOSSY, constraints=Constraints(**options))
@@ -221,10 +203,10 @@ def test_lossy_ones_win_only_when_allowed_and_measured():
     assert trial.reason == "not exact (--allow-lossy)" and found.winner is not trial
     trial, found = run(allow_lossy=True)
     assert "quality has not been measured" in trial.reason and trial.quality == "quality not measured"
-    trial, _ = run(allow_lossy=True, qualities=(quality_of("eplb"),))
+    trial, _ = run(allow_lossy=True, qualities=(other,))
     assert trial.reason is not None, "of another policy"
-    trial, _ = run(allow_lossy=True, qualities=(quality_of("predictive-layer"),))
-    assert trial.reason is None and "top-1 97.0%" in trial.quality
+    trial, _ = run(allow_lossy=True, qualities=(right,))
+    assert trial.reason is None and "top-1 87.5%" in trial.quality
 
 
 def test_candidates_change_intervals_and_only_where_there_are_any():
