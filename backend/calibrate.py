@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -24,13 +23,13 @@ from moesim.backend.loading import model_of, spec_of
 from moesim.backend.measure import ATTENTION, DECIDE, GATHER
 from moesim.backend.parallel import Executor
 from moesim.backend.ranks import Ranks
-from moesim.backend.rates import Work, copy_work, matmul_work, memory_bytes
+from moesim.backend.rates import Work, copy_work, matmul_work, measured_now, memory_bytes
 from moesim.backend.session import describe_device
 from moesim.backend.synthetic import synthetic_scenario
 from moesim.sim.cost import RankTokens, rank_tokens
 from moesim.sim.curves import ExpertCurve
 from moesim.sim.policies import POLICIES, make_policy
-from moesim.sim.profile import Gpu, HardwareProfile, HostLink, Link, Links, Provenance
+from moesim.sim.profile import Gpu, HardwareProfile, HostLink, Link, Links
 from moesim.sim.residency import Cluster
 from moesim.sim.scenario import Scenario
 from moesim.traces import InputError
@@ -254,14 +253,11 @@ def _profile(
     off = ", ".join(f"{what} {share:.0%}" for what, share in error.items())
     return HardwareProfile(
         name=f"measured-{device['device']}-{ranks.size}",
-        provenance=Provenance(
-            kind="measured",
-            executor="ranks",
-            device=f"{ranks.size} x {device['device_name']} ({device['device']} ranks, {device['backend']})",
-            date=datetime.now(UTC).date().isoformat(),
-            driver=f"CUDA {torch.version.cuda}" if ranks.on_gpu else "",
-            sources=(f"moesim calibrate: all ranks at once, the executor's code, shapes of {shape}, random tokens",),
-            versions=device["versions"],
+        provenance=measured_now(
+            "ranks",
+            ranks.device,
+            where=f"{ranks.size} x {device['device_name']} ({device['device']} ranks, {device['backend']})",
+            source=f"moesim calibrate: all ranks at once, the executor's code, shapes of {shape}, random tokens",
             notes=f"decide_s: {job.workload.batch} tokens a step, exchange of ids included. Plain copy "
             f"{compute.bytes_per_s / 1e9:.1f} GB/s, plain matmul {compute.flops_per_s / 1e9:.0f} GFLOP/s a rank. "
             f"Median error of the fit: {off}.",

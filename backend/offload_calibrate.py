@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -23,13 +22,13 @@ from moesim.backend.clock import Clock
 from moesim.backend.cuda import new_stream, recorded
 from moesim.backend.grouped import group_pairs
 from moesim.backend.offload_session import HOST_TOKENS, OffloadRun, describe_device, host_seconds
-from moesim.backend.rates import Work, copy_work, matmul_work, memory_bytes
+from moesim.backend.rates import Work, copy_work, matmul_work, measured_now, memory_bytes
 from moesim.backend.session import Pass
 from moesim.backend.slots import FULL, Copy, carry
 from moesim.sim.cost import attention_seconds, rank_tokens
 from moesim.sim.curves import ExpertCurve, MessageCurve
 from moesim.sim.policies import Policy
-from moesim.sim.profile import Attention, Cpu, Gpu, HardwareProfile, HostLink, Link, Links, Provenance
+from moesim.sim.profile import Attention, Cpu, Gpu, HardwareProfile, HostLink, Link, Links
 from moesim.sim.residency import HOST, Transfer
 
 REPEATS = 7
@@ -113,14 +112,11 @@ def profile_of(
     copy_s = device.host.link.seconds(run.offload.patched.shape.bytes)
     return HardwareProfile(
         name=name,
-        provenance=Provenance(
-            kind="measured",
-            executor="offload",
-            device=f"{about['device_name']} ({about['device']}), experts in host memory",
-            date=datetime.now(UTC).date().isoformat(),
-            driver=f"CUDA {torch.version.cuda}" if run.device.type == "cuda" else "",
-            sources=("the offload executor's own code, made-up tokens and routing",),
-            versions=about["versions"],
+        provenance=measured_now(
+            "offload",
+            run.device,
+            where=f"{about['device_name']} ({about['device']}), experts in host memory",
+            source="moesim calibrate --resident: the offload executor's own code, made-up tokens and routing",
             notes=f"Holds for {run.scenario.phase.name.lower()}, {run.scenario.workload.describe()['batch']}. "
             f"An expert's copy takes {copy_s * 1e3:.3f} ms alone, {device.busy_host:.2f} times that beside "
             f"computation, {device.back.seconds_at(run.offload.patched.shape.bytes) * 1e3:.3f} ms back.",

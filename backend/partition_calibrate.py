@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -20,14 +19,14 @@ from moesim.backend.fit import Floats, fit_link
 from moesim.backend.partition_fit import PartitionRates, PhaseSamples, fit_partitions
 from moesim.backend.partitions import PartitionExecutor
 from moesim.backend.queues import Moment
-from moesim.backend.rates import Work, copy_work, matmul_work, memory_bytes
-from moesim.backend.session import device_name, versions
+from moesim.backend.rates import Work, copy_work, matmul_work, measured_now, memory_bytes
+from moesim.backend.session import device_name
 from moesim.backend.synthetic import synthetic_scenario
 from moesim.sim.cost import RankTokens
 from moesim.sim.dispatch import Ints
 from moesim.sim.policies import Policy, make_policy, recipe
 from moesim.sim.policies.rules import Periodic
-from moesim.sim.profile import HardwareProfile, HostLink, Link, Links, Provenance
+from moesim.sim.profile import HardwareProfile, HostLink, Link, Links
 from moesim.sim.residency import EMPTY
 from moesim.traces import Workload
 
@@ -100,14 +99,11 @@ def calibrate_partitions(
     shared = ", ".join(f"{what} {ratio:.2f}x" for what, ratio in contention.items())
     profile = HardwareProfile(
         name=f"measured-{work.gpus}-partitions",
-        provenance=Provenance(
-            kind="measured",
-            executor="partitions",
-            device=f"{work.gpus} partitions of {device_name(executor.device)} ({executor.groups.kind})",
-            date=datetime.now(UTC).date().isoformat(),
-            driver=f"CUDA {torch.version.cuda}" if executor.device.type == "cuda" else "",
-            sources=(f"moesim calibrate --partitions: all at once, the executor's code, shapes of {source}",),
-            versions=versions(),
+        provenance=measured_now(
+            "partitions",
+            executor.device,
+            where=f"{work.gpus} partitions of {device_name(executor.device)} ({executor.groups.kind})",
+            source=f"moesim calibrate --partitions: all at once, the executor's code, shapes of {source}",
             notes=f"{batch} tokens a step; multiprocessors a partition {list(executor.groups.sms)}, kernel "
             f"{executor.kernel}. decide_s has the ids' way to the host and the launches in it. Median error of the "
             f"fit: {off}. Contention: {shared}.",

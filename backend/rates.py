@@ -1,4 +1,4 @@
-"""What every calibration of a device starts from: its memory, a large copy and a square matrix product.
+"""What every calibration of a device has: its memory, a large copy, a square matrix product, and its provenance.
 
 How it is timed, and who else is at work meanwhile, is the calibration's.
 """
@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import torch
+
+from moesim.backend.session import versions
+from moesim.sim.profile import Provenance
 
 Work = tuple[float, Callable[[], object]]
 """(how much of it, what does it)."""
@@ -38,3 +42,17 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measured_now(executor: str, device: torch.device, *, where: str, source: str, notes: str) -> Provenance:
+    """Of numbers that this machine has just given, on `where` (in words)."""
+    return Provenance(
+        kind="measured",
+        executor=executor,
+        device=where,
+        date=datetime.now(UTC).date().isoformat(),
+        driver=f"CUDA {torch.version.cuda}" if device.type == "cuda" else "",
+        sources=(source,),
+        versions=versions(),
+        notes=notes,
+    )
