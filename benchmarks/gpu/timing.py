@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 
+from moesim.backend.rates import copy_work, matmul_work
+
 Report = Callable[[str, dict[str, Any]], None]
 """Takes the name of a measurement and its numbers; they are safe on disk when it returns."""
 
 PACKAGES = ("moesim", "torch", "triton", "transformers", "numpy", "simpy", "cuda-bindings", "nvidia-ml-py")
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
-"""Far more than any cache on a GPU; on a CPU a rehearsal."""
-MATMUL_ROWS = {"cuda": 8192, "cpu": 512}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,30 +94,14 @@ def _host_once(fn: Callable[[], object], _device: torch.device, calls: int) -> f
 
 def copy_rate(device: str | torch.device, *, repeats: int = 10) -> float:
     """Bytes/s of a copy inside the device's memory, read and written bytes both counted: the bandwidth of floors."""
-    size = COPY_BYTES[torch.device(device).type]
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / median_s(lambda: target.copy_(source), device, repeats=repeats).median_s
-
-
-def copy_rate_host(
-    device: str | torch.device, *, direction: str = "to_device", size_bytes: int | None = None, repeats: int = 5
-) -> float:
-    """Bytes/s of one copy between pinned host memory and the device; `direction` is "to_device" or "to_host"."""
-    on_gpu = torch.device(device).type == "cuda"
-    size = size_bytes or COPY_BYTES["cpu"] * (4 if on_gpu else 1)
-    host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
-    there = torch.zeros(size, dtype=torch.uint8, device=device)
-    pairs = {"to_device": (there, host), "to_host": (host, there)}
-    target, source = pairs[direction]
-    return size / median_s(lambda: target.copy_(source, non_blocking=True), device, repeats=repeats).median_s
+    nbytes, copy = copy_work(torch.device(device))
+    return nbytes / median_s(copy, device, repeats=repeats).median_s
 
 
 def matmul_rate(device: str | torch.device, dtype: torch.dtype, *, repeats: int = 10) -> float:
     """FLOP/s of a large square matrix product of random numbers in `dtype`, as torch runs it by default."""
-    rows = MATMUL_ROWS[torch.device(device).type]
-    a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * rows**3 / median_s(lambda: torch.mm(a, b, out=out), device, repeats=repeats).median_s
+    flops, multiply = matmul_work(torch.device(device), dtype)
+    return flops / median_s(multiply, device, repeats=repeats).median_s
 
 
 @contextmanager
