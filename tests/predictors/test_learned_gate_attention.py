@@ -9,9 +9,11 @@ import torch
 from helpers import make_table, with_router_inputs
 from moesim.predictors import RouterSpec, Seen, routed_layer
 from moesim.predictors.counting import Frequency
-from moesim.predictors.learned.gate_attention import BUCKETS, GateAttention, buckets
+from moesim.predictors.learned.gate_attention import GateAttention
+from moesim.predictors.learned.gate_attention_net import BUCKETS, AttentionSettings, buckets
+from moesim.predictors.learned.requests import Batch
 from moesim.predictors.learned.training import Training
-from moesim.traces import Phase, split_requests, step_tokens
+from moesim.traces import Phase, concat, request_lengths, split_requests, step_tokens
 
 EXPERTS, LAYERS = 8, 4
 
@@ -119,11 +121,72 @@ def test_the_same_seed_gives_the_same_net():
     assert (told[0] == told[1]).all() and not (told[0] == told[2]).all()
 
 
+def moved(predictor, seed=0):
+    """With other parameters, none of them 0; a training of no step leaves many at that."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for values in predictor.net.parameters():
+            values.add_(0.3 * torch.randn(values.shape, generator=generator))
+    predictor._make_ready()
+    return predictor
+
+
+def uneven(rows, lengths):
+    """Requests of these lengths from the rows of several."""
+    parts, first = [], 0
+    for number, length in enumerate(lengths):
+        part = rows.take(slice(first, first + length))
+        parts.append(
+            replace(part, request=np.full(length, number, np.int32), position=np.arange(length, dtype=np.int32))
+        )
+        first += length
+    return concat(parts)
+
+
+@pytest.mark.parametrize("phase", [Phase.ENCODER, Phase.PREFILL])
+@pytest.mark.parametrize(
+    ("top_k", "bare", "settings"),
+    [
+        (1, False, AttentionSettings(inner=8, heads=2, later_inner=16, later_heads=1, rank=3)),
+        (2, False, AttentionSettings(inner=12, heads=4, rank=16)),
+        (2, True, AttentionSettings()),
+    ],
+)
+def test_drafts_are_what_was_trained(top_k, bare, settings, phase):
+    table, gates = with_router_inputs(
+        make_table(requests=60, length=12, layers=LAYERS, top_k=top_k, noise=0.1, phase=phase)
+    )
+    table = replace(table, token_id=None, topk_weights=None) if bare else table
+    step = uneven(table, [1, 300, 5, 129, 1, 128, 40])
+    predictor = GateAttention(settings, Training(epochs=0))
+    predictor.fit(table.take(slice(0, 500)), RouterSpec(num_experts=EXPERTS, top_k=top_k, gates=gates))
+    moved(predictor)
+    columns = {"ids": torch.from_numpy(step.topk_ids.astype(np.int32)), **predictor.columns(step)}
+    with torch.no_grad():
+        views = list(predictor.views(Batch(columns=columns, lengths=request_lengths(step.request).tolist())))
+    for source in range(LAYERS - 1):
+        seen = seen_of(step, source + 1)
+        for view in range(LAYERS - 1 - source):
+            told, _ = predictor.answer(seen, source + 1 + view, queued=False)
+            trained = views[view][:, source]
+            assert (told - trained).abs().max() < 1e-5 * trained.abs().max()
+
+
+def test_a_forecast_of_one_expert_is_the_softmax(encoder):
+    _, run, _, predictor = encoder
+    logits, view = predictor.answer(seen_of(run, 2), 3, queued=False)
+    p = (logits.double() * predictor.sharpness_VL[view, 3]).softmax(dim=1).numpy()
+    told = predictor.forecast(seen_of(run, 2), 3)
+    assert told.inclusion == pytest.approx(p, abs=1e-6)
+    assert np.array_equal(told.topk[:, 0], p.argmax(axis=1))
+    assert told.load == pytest.approx(p.sum(axis=0), rel=1e-5)
+
+
 def test_buckets_are_exact_nearby_and_tell_the_sides_apart():
-    table = buckets(200)
-    assert table.min() >= 0 and table.max() < BUCKETS
-    assert len(set(table[100, 93:108].tolist())) == 15
-    assert (table.diagonal() == 0).all()
-    before, after = table[150, :150], table[50, 51:]
+    found = buckets(200)
+    assert found.min() >= 0 and found.max() < BUCKETS
+    assert len(set(found[192:207].tolist())) == 15
+    assert found[199] == 0
+    before, after = found[:199], found[200:]
     assert not set(before.tolist()) & set(after.tolist())
-    assert (torch.diff(table[0, 1:]) >= 0).all()
+    assert (torch.diff(after) >= 0).all() and (torch.diff(before) <= 0).all()
