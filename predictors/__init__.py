@@ -28,6 +28,7 @@ from moesim.predictors.history import Distribution, Ema, PreviousToken
 from moesim.predictors.markov2 import Markov2
 from moesim.predictors.matrices import NearestMatrix
 from moesim.predictors.mixture import Mixture
+from moesim.predictors.neighbours import Neighbours
 from moesim.predictors.oracle import Oracle
 from moesim.predictors.paths import Paths
 from moesim.predictors.ridge import OnlineRidge, Ridge
@@ -66,6 +67,7 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "mixture": Mixture,
     "ridge": Ridge,
     "ridge-online": OnlineRidge,
+    "neighbours": Neighbours,
     "sida": Learned("sida", "Sida"),
     "predictive-replication": Learned("replication", "Replication"),
     "gru": Learned("gru", "Gru"),

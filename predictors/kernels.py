@@ -19,17 +19,18 @@ ONE, HALF = np.float32(1), np.float32(0.5)
 
 
 @cache
-def linear(experts: int, numbers: int) -> Any:
-    """The sum for E = `experts` and C = `numbers`. Both are compiled in: rows of a length known only when it runs would
-    be compared for overlap and cut into vectors again for every expert, which takes as long as adding them."""
-    E, C = experts, numbers
+def linear(experts: int, numbers: int, width: int = 0) -> Any:
+    """The sum for E = `experts`, C = `numbers` and rows of `width`, E if 0. All are compiled in: rows of a length known
+    only when it runs would be compared for overlap and cut into vectors again for every expert, which takes as long as
+    adding them."""
+    E, C, rows = width or experts, numbers, experts * numbers
 
     @compiled(fastmath=True, error_model="numpy")
     def add(ids_TK: Any, values_TKC: Any, own_T: Any, map_XE: Any, score_TE: Any) -> None:
         """score[t] += sum over experts and numbers of values[t, k, c] * map[C * ids[t, k] + c], and own[t] * map[C * E]
         where the layer has a number of its own (map has C * E + 1 rows then)."""
         T, K = ids_TK.shape
-        flat, own = map_XE.reshape(map_XE.size), map_XE.shape[0] > C * E
+        flat, own = map_XE.reshape(map_XE.size), map_XE.shape[0] > rows
         for t in range(T):
             row_E = score_TE[t]
             paired = K - K % 2 if C == 3 else 0
@@ -45,7 +46,7 @@ def linear(experts: int, numbers: int) -> Any:
                     for e in range(E):
                         row_E[e] += a * i[e]
             if own:
-                i, a = flat[C * E * E :], own_T[t]
+                i, a = flat[rows * E :], own_T[t]
                 for e in range(E):
                     row_E[e] += a * i[e]
 

@@ -1,0 +1,160 @@
+"""What `neighbours` does for every token, compiled by numba; imported where it is needed only.
+
+One thread, as the ridge's. Distances are squared and whole: of 16-bit numbers, products are added up in pairs. A list
+of neighbours has no order; it is searched by keys, the distance before the place, whose extremes are found in vectors.
+Shape letters: T tokens, U units, Q numbers that distances are measured in, N neighbours of a unit, K neighbours of a
+token, E experts, B bandwidths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moesim.predictors.kernels import _exp
+from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
+from moesim.traces.compiled import compiled
+
+BANDWIDTHS = 4
+"""B: each half as wide as the one before."""
+SOFT = (0.2, 0.1, 0.05, 0.02)
+"""Added to the sum of the weights, by bandwidth: who has no near neighbour hears little of them."""
+K, Q = NEIGHBOURS, MEASURED
+PLACES = np.int32(16)
+"""Room for a place in a key, at least K."""
+
+
+@compiled(fastmath=True, error_model="numpy")
+def measured(z_TR: Any, step: Any, most: Any, z_TQ: Any) -> None:
+    """The first numbers of the sketches in steps, at most `most` from 0."""
+    for t in range(len(z_TR)):
+        for q in range(Q):
+            z_TQ[t, q] = np.int16(np.rint(min(max(z_TR[t, q] / step, -most), most)))
+
+
+@compiled(fastmath=True, error_model="numpy")
+def started(candidate_TC: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: Any) -> None:
+    """The nearest of each token's candidates join those found; a distance FAR is of nobody."""
+    key_K = np.empty(K, np.int32)
+    for t in range(len(candidate_TC)):
+        for k in range(K):
+            key_K[k] = far_TK[t, k] * PLACES + np.int32(k)
+        high = _highest(key_K)
+        for unit in candidate_TC[t]:
+            key = np.int32(_distance(z_TQ[t], unit_UQ[unit]) * PLACES)
+            if key < high and not _there(unit, found_TK[t]):
+                at = high % PLACES
+                found_TK[t, at], key_K[at] = unit, key + at
+                high = _highest(key_K)
+        for k in range(K):
+            far_TK[t, k] = key_K[k] // PLACES
+
+
+@compiled(fastmath=True, error_model="numpy")
+def followed(near_UN: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: Any, best: int) -> None:
+    """What was found under earlier layers, measured anew; then the neighbours of the `best` nearest join."""
+    key_K, from_K = np.empty(K, np.int32), np.empty(K, np.int32)
+    for t in range(len(found_TK)):
+        z_Q, found_K, far_K = z_TQ[t], found_TK[t], far_TK[t]
+        for k in range(K):
+            distance = _distance(z_Q, unit_UQ[found_K[k]]) if found_K[k] >= 0 else FAR
+            key_K[k] = distance * PLACES + np.int32(k)
+        last = np.int32(-1)
+        for n in range(best):
+            low = FAR * PLACES
+            for k in range(K):
+                low = min(low, key_K[k] if key_K[k] > last else low)
+            from_K[n], last = found_K[low % PLACES], low
+        high = _highest(key_K)
+        for n in range(best):
+            for unit in near_UN[from_K[n]]:
+                key = np.int32(_distance(z_Q, unit_UQ[unit]) * PLACES)
+                if key < high and not _there(unit, found_K):
+                    at = high % PLACES
+                    found_K[at], key_K[at] = unit, key + at
+                    high = _highest(key_K)
+        for k in range(K):
+            far_K[k] = key_K[k] // PLACES
+
+
+@compiled(fastmath=True, error_model="numpy")
+def closest(far_TU: Any, own_T: Any, owner_U: Any, found_TK: Any, best_TK: Any) -> None:
+    """The K nearest units of every row that are not of the row's own request, the nearest first."""
+    for t in range(len(found_TK)):
+        found_K, best_K = found_TK[t], best_TK[t]
+        best_K[:] = np.float32(FAR)
+        for u in range(len(owner_U)):
+            distance = far_TU[t, u]
+            if distance < best_K[K - 1] and owner_U[u] != own_T[t]:
+                k = K - 1
+                while k > 0 and best_K[k - 1] > distance:
+                    best_K[k], found_K[k] = best_K[k - 1], found_K[k - 1]
+                    k -= 1
+                best_K[k], found_K[k] = distance, u
+
+
+@compiled(fastmath=True, error_model="numpy")
+def mixed(found_TK: Any, far_TK: Any, narrow: Any, gain_B: Any, residual_UE: Any, step: Any, told_TX: Any) -> None:
+    """The last E of told[t] += the neighbours' residuals, weighed in each bandwidth by its gain and by
+    exp(-2^b narrow far) over the sum of these."""
+    weight_K, power_K, soft_B = np.empty(K, np.float32), np.empty(K, np.float32), np.array(SOFT, np.float32)
+    for t in range(len(found_TK)):
+        for k in range(K):
+            power_K[k] = _exp(-narrow * np.float32(far_TK[t, k]))
+            weight_K[k] = np.float32(0)
+        for b in range(BANDWIDTHS):
+            total = soft_B[b]
+            for k in range(K):
+                total += power_K[k]
+            share = gain_B[b] * step / total
+            for k in range(K):
+                weight_K[k] += share * power_K[k]
+                power_K[k] *= power_K[k]
+        told_E = told_TX[t, told_TX.shape[1] - residual_UE.shape[1] :]
+        for k in range(0, K, 4):  # four rows at a time
+            a, b, c, d = weight_K[k], weight_K[k + 1], weight_K[k + 2], weight_K[k + 3]
+            i, j = residual_UE[found_TK[t, k]], residual_UE[found_TK[t, k + 1]]
+            x, y = residual_UE[found_TK[t, k + 2]], residual_UE[found_TK[t, k + 3]]
+            for e in range(len(told_E)):
+                told_E[e] += a * np.float32(i[e]) + b * np.float32(j[e]) + c * np.float32(x[e]) + d * np.float32(y[e])
+
+
+@compiled(fastmath=True, inline="always")
+def _distance(z_Q: Any, unit_Q: Any) -> Any:
+    """Squared, in the units' steps."""
+    total = np.int32(0)
+    for q in range(Q):
+        apart = np.int32(np.int16(z_Q[q] - np.int16(unit_Q[q])))
+        total = np.int32(total + np.int32(apart * apart))
+    return total
+
+
+@compiled(fastmath=True, inline="always")
+def _there(unit: Any, found_K: Any) -> Any:
+    """Whether it is one of them."""
+    there = np.int32(0)
+    for k in range(K):
+        there |= np.int32(found_K[k] == unit)
+    return there != 0
+
+
+@compiled(fastmath=True, inline="always")
+def _highest(key_K: Any) -> Any:
+    high = np.int32(0)
+    for k in range(K):
+        high = max(high, key_K[k])
+    return high
+
+
+@compiled(fastmath=True, error_model="numpy")
+def shares(ids_TK: Any, first_R: Any, count_RE: Any, tokens_R: Any, share_TE: Any) -> None:
+    """How often each expert was chosen since the request's first row, over its tokens; both start as given."""
+    for r in range(len(first_R)):
+        count_E, tokens = count_RE[r], tokens_R[r]
+        for t in range(first_R[r], first_R[r + 1] if r + 1 < len(first_R) else len(ids_TK)):
+            for k in range(ids_TK.shape[1]):
+                count_E[ids_TK[t, k]] += np.float32(1)
+            tokens += np.float32(1)
+            for e in range(len(count_E)):
+                share_TE[t, e] = count_E[e] / tokens
