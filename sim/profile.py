@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from moesim.sim.curves import Bools, ExpertCurve, MessageCurve
+from moesim.sim.records import record
 from moesim.traces import InputError
 
 FORMAT, VERSION = "moesim-profile", 1
@@ -25,8 +25,6 @@ KINDS = ("spec-sheet", "measured")
 EXECUTORS = ("ranks", "partitions", "offload")
 """What runs policies on devices, each with costs of its own."""
 SHIPPED = Path(__file__).with_name("profiles")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,47 +293,9 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     if type(version) is not int or version != VERSION:
         raise InputError(f"{path}: field 'version' is {version!r}, this moesim reads {VERSION}")
     try:
-        return _record(HardwareProfile, data, "")
+        return record(HardwareProfile, data, "")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def _record(cls: type[T], data: Any, where: str) -> T:
-    """Build the dataclass `cls` from a JSON object with exactly its fields; those with a default may be missing."""
-    if not isinstance(data, dict):
-        raise InputError(f"field {where!r} must be an object, got {data!r}")
-    prefix = f"{where}." if where else ""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(data.keys() - known.keys()):
-        raise InputError(f"unknown field {prefix + unknown[0]!r}")
-    for name, f in known.items():
-        if name not in data and f.default is MISSING and f.default_factory is MISSING:
-            raise InputError(f"missing field {prefix + name!r}")
-    hints = get_type_hints(cls)
-    values = {name: _value(hints[name], value, prefix + name) for name, value in data.items()}
-    try:
-        return cls(**values)
-    except InputError as error:
-        raise InputError(prefix + str(error)) from None
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`, or InputError naming the field."""
-    if isinstance(kind, UnionType):
-        if value is None:
-            return None
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    if is_dataclass(kind):
-        return _record(kind, value, where)  # type: ignore[arg-type]
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return {key: _value(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_value(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    allowed = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(kind, ())
-    if type(value) not in allowed:
-        names = {float: "a number", int: "an integer", str: "a text", bool: "true or false"}
-        raise InputError(f"field {where!r} must be {names.get(kind, 'a list or an object')}, got {value!r}")
-    return value
 
 
 def _finite(value: float) -> bool:
