@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from moesim.traces import InputError
 
@@ -19,7 +19,7 @@ def record(cls: type[T], data: Any, where: str) -> T:
     if not isinstance(data, dict):
         raise InputError(f"field {where!r} must be an object, got {data!r}")
     prefix = f"{where}." if where else ""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cast(Any, cls))}
     if unknown := sorted(data.keys() - known.keys()):
         raise InputError(f"unknown field {prefix + unknown[0]!r}")
     for name, f in known.items():
@@ -40,7 +40,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             return None
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if is_dataclass(kind):
-        return record(kind, value, where)  # type: ignore[arg-type]
+        return record(cast(type[Any], kind), value, where)
     if get_origin(kind) is dict and isinstance(value, dict):
         return {key: _value(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
     if get_origin(kind) is tuple and isinstance(value, list):

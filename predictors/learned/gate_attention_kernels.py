@@ -67,8 +67,8 @@ def start(width: int, rank: int) -> Any:
             for d in range(D):
                 x_D[d] = _number(bits_D[d])
                 log += x_D[d] * scale_D[d]
-            for expert, weight in zip(ids_LK[-1], weight_LK[-1]):  # noqa: B905 - numba knows no strict
-                log += weight * scale_E[expert]
+            for k in range(ids_LK.shape[1]):
+                log += weight_LK[-1, k] * scale_E[ids_LK[-1, k]]
             scale = np.exp(log)
             for d in range(D):
                 u_D[d] = (x_D[d] * own_D[d] + _number(before_D[d]) * earlier_D[d]) * scale + row_D[d]
@@ -77,8 +77,9 @@ def start(width: int, rank: int) -> Any:
                     row_D, weight = routes[D * (layer * len(scale_E) + ids_LK[layer, k]) :], weight_LK[layer, k]
                     for d in range(D):
                         u_D[d] += weight * row_D[d]
-            for expert, weight in zip(ids_LK[-1], weight_LK[-1]):  # noqa: B905
-                act(x_D, down[D * R * expert :], up[D * R * expert :], weight, u_D)
+            for k in range(ids_LK.shape[1]):
+                first = D * R * ids_LK[-1, k]
+                act(x_D, down[first:], up[first:], weight_LK[-1, k], u_D)
             scale_T[t] = _over_root(u_D)
 
     return begin
@@ -214,7 +215,8 @@ def _raise(most: Any, rows: Any, n: int) -> None:
         a, b = max(rows[t], rows[N + t]), max(rows[2 * N + t], rows[3 * N + t])
         c, d = max(rows[4 * N + t], rows[5 * N + t]), max(rows[6 * N + t], rows[7 * N + t])
         a, c = max(a, b), max(c, d)
-        most[t] = max(most[t], max(a, c))  # noqa: PLW3301 - of two at a time vectors are made
+        top = max(a, c)
+        most[t] = max(most[t], top)  # of two at a time vectors are made
 
 
 @compiled(fastmath=True, error_model="numpy")
