@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from moesim.predictors.base import Cost, Forecast, Need, RoutedLayer, RouterSpec, Seen, learnable, routed_layer
 from moesim.predictors.counting import Frequency
-from moesim.predictors.neighbours_context import Context, Described, Memory
+from moesim.predictors.described import Described, Describer, Half
+from moesim.predictors.neighbours_context import Context, Memory
 from moesim.predictors.neighbours_fit import (
     EARLY,
     FAR,
@@ -32,12 +33,11 @@ from moesim.predictors.neighbours_fit import (
     SKETCH,
     STEP,
     Fitting,
-    Half,
     Near,
     Units,
 )
 from moesim.predictors.stack import Stack, fit_stack
-from moesim.traces import InputError, LoadTable, StepTokens, TokenTable
+from moesim.traces import LoadTable, StepTokens, TokenTable
 
 DISTANCES = 3
 MOST_UNITS = 20_000
@@ -85,6 +85,7 @@ class Neighbours:
         table = learnable(table, router, self)
         self.E, self.K, self.L = router.num_experts, router.top_k, table.num_layers
         self.weighted = table.topk_weights is not None
+        self._describe = Describer(predictor=self.name, experts=self.E, top_k=self.K, weighted=self.weighted)
         self._prior = Frequency()
         self._prior.fit(table, router)
         units = _thinned(table)
@@ -98,11 +99,11 @@ class Neighbours:
         self.orders = [Order.of(units.topk_ids[:, layer], self.E) for layer in range(min(STARTS, self.L - 1))]
         checked = slice(None, None, -(-len(units) // CHECKED))
         for source in range(self.L - 1):
-            one = self._described(routed_layer(units, source))
-            before_UX = self._dense(context.before(one, source))
-            share_UE = context.shares(one[0], source, np.empty((len(units), self.E), np.float32))
+            one = self._describe(routed_layer(units, source))
+            before_UX = self._describe.dense(context.before(one, source))
+            share_UE = context.shares(one.ids, source, np.empty((len(units), self.E), np.float32))
             beside_UV = np.concatenate([before_UX, share_UE], axis=1)
-            made, told = fitting.layer(source, self._dense(one), beside_UV, checked)
+            made, told = fitting.layer(source, self._describe.dense(one), beside_UV, checked)
             self.units.append(made)
             for distance, score_TE in enumerate(told, 1):
                 layer = source + distance
@@ -123,7 +124,7 @@ class Neighbours:
     def observe(self, seen: Seen) -> None:
         """Remember the ends of the step's requests."""
         if self.L > 1 and len(seen.tokens):
-            described = [self._described(routed) for routed in seen.routed[: self.L - 1]]
+            described = [self._describe(routed) for routed in seen.routed[: self.L - 1]]
             Context(seen.tokens, self.E, self._memory).remember(described)
 
     def cost(self) -> Cost:
@@ -149,7 +150,7 @@ class Neighbours:
         from moesim.predictors.neighbours_kernels import followed, measured, started
 
         source = len(state.described)
-        units, one = self.units[source], self._described(routed)
+        units, one = self.units[source], self._describe(routed)
         z_TR = state.next_TR
         if source:
             np.matmul(state.z_TR, units.turn_RR, out=z_TR)
@@ -161,7 +162,7 @@ class Neighbours:
         if source < len(self.orders):
             if source:
                 followed(units.near_UN, z_TQ, units.unit_UQ, state.found_TN, state.far_TN, 0)
-            started(self.orders[source].next_to(one[0]), z_TQ, units.unit_UQ, state.found_TN, state.far_TN)
+            started(self.orders[source].next_to(one.ids), z_TQ, units.unit_UQ, state.found_TN, state.far_TN)
         followed(units.near_UN, z_TQ, units.unit_UQ, state.found_TN, state.far_TN, best)
         state.z_TR, state.next_TR = z_TR, state.z_TR
         state.described.append(one)
@@ -177,7 +178,7 @@ class Neighbours:
         residual_UE, gain_JB, step = units.residual_DUE[at], units.gain_DJB[at], np.float32(STEP)
         assert state.early is not None, "a layer was read"
         beside_TX[:] = 0
-        state.context.shares(state.described[-1][0], len(state.described) - 1, beside_TX)
+        state.context.shares(state.described[-1].ids, len(state.described) - 1, beside_TX)
         mixed(state.found_TN, state.far_TN, units.narrow, gain_JB[0], residual_UE, step, beside_TX)
         mixed(*state.early, gain_JB[1], residual_UE, step, beside_TX)
         np.matmul(state.z_TR, read_FE[:R], out=score_TE)
@@ -192,30 +193,8 @@ class Neighbours:
     def _add(self, one: Described, map_XR: Half, to_TR: Half) -> None:
         from moesim.predictors.kernels import linear
 
-        linear(self.E, one[1].shape[2], to_TR.shape[1])(*one, map_XR, to_TR)
-
-    def _described(self, routed: RoutedLayer) -> Described:
-        """The chosen experts, and as `ridge` describes them."""
-        ids_TK = np.ascontiguousarray(routed.ids)
-        if not self.weighted:
-            return ids_TK, np.ones((*ids_TK.shape, 1), np.float32), np.zeros(len(ids_TK), np.float32)
-        if routed.weights is None:
-            raise InputError(f"predictor {self.name!r} was fitted with gate weights, and here there are none")
-        from moesim.predictors.kernels import described
-
-        w_TK = np.ascontiguousarray(routed.weights, np.float32)
-        values_TKC, own_T = np.empty((*w_TK.shape, 3), np.float32), np.empty(len(w_TK), np.float32)
-        described(w_TK, np.float32(max(self.E - self.K, 1)), values_TKC, own_T)
-        return ids_TK, values_TKC, own_T
-
-    def _dense(self, one: Described) -> Half:
-        """[T, X] the layer's description, zeros written out."""
-        ids_TK, values_TKC, own_T = one
-        T, _, C = values_TKC.shape
-        found_TEC = np.zeros((T, self.E, C), np.float32)
-        found_TEC[np.arange(T)[:, None], ids_TK.astype(np.int64)] = values_TKC
-        flat_TX = found_TEC.reshape(T, -1)
-        return np.concatenate([flat_TX, own_T[:, None]], axis=1) if self.weighted else flat_TX
+        add = linear(self.E, one.values_TKC.shape[2], to_TR.shape[1])
+        add(one.ids, one.values_TKC, one.own_T, map_XR, to_TR)
 
 
 @dataclass(frozen=True, slots=True)

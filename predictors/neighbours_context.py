@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.predictors.described import Described, Half
 from moesim.traces import StepTokens
 
-Half = NDArray[np.float32]
-Described = tuple[NDArray[np.integer], Half, Half]
-"""[T, K] the chosen experts, [T, K, C] numbers that describe them, [T] a number of the layer's own."""
 REMEMBERED = 1024
 """Requests, the latest ones."""
 
@@ -62,11 +60,11 @@ class Context:
 
     def before(self, one: Described, source: int) -> Described:
         """What the tokens before have routed: nothing before a request's first token."""
-        ids_TK, values_TKC, own_T = np.roll(one[0], 1, axis=0), np.roll(one[1], 1, axis=0), np.roll(one[2], 1)
+        ids_TK, values_TKC, own_T = (np.roll(part, 1, axis=0) for part in (one.ids, one.values_TKC, one.own_T))
         values_TKC[self._first_R], own_T[self._first_R] = 0, 0
         for _, row, found in self._known:
             ids_TK[row], values_TKC[row], own_T[row] = found.last_S[source]
-        return ids_TK, values_TKC, own_T
+        return Described(ids=ids_TK, values_TKC=values_TKC, own_T=own_T)
 
     def shares(self, ids_TK: NDArray[np.integer], source: int, share_TE: Half) -> Half:
         """[T, E] how often the request has chosen each expert, a token, this one included; put into the first E of
@@ -85,14 +83,14 @@ class Context:
         last_R = np.append(self._first_R[1:], len(self.tokens)) - 1
         before_R = {number: found.tokens for number, _, found in self._known}
         share_TE = np.empty((len(self.tokens), self.experts), np.float32)
-        share_SRE = [self.shares(one[0], source, share_TE)[last_R] for source, one in enumerate(described)]
+        share_SRE = [self.shares(one.ids, source, share_TE)[last_R] for source, one in enumerate(described)]
         for number, row in enumerate(last_R.tolist()):
             request = int(self.tokens.request[row])
             tokens = int(row - self._first_R[number]) + 1 + before_R.get(number, 0)
             self.memory.pop(request, None)
             self.memory[request] = Remembered(
                 position=int(self.tokens.position[row]),
-                last_S=[(one[0][row].copy(), one[1][row].copy(), one[2][row]) for one in described],
+                last_S=[(one.ids[row].copy(), one.values_TKC[row].copy(), one.own_T[row]) for one in described],
                 count_SE=np.stack([share_RE[number] * tokens for share_RE in share_SRE]),
                 tokens=tokens,
             )

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.predictors.described import Half
+
 SKETCH, MEASURED = 128, 64
 NEIGHBOURS, LISTED = 16, 8
 """Of a token; of a unit, which the search goes along."""
@@ -29,7 +31,6 @@ STEP = 0.01
 """Residuals are kept in steps of this."""
 RECENT, EARLY = 4, 3
 """So many last layers are read as they are; under that layer, neighbours are found that are kept to the end."""
-Half = NDArray[np.float32]
 Near = tuple[NDArray[np.int32], NDArray[np.int32], np.float32]
 """[U, K] neighbours, their distances, and the factor on these."""
 

@@ -15,20 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesim.predictors.base import (
     Cost,
     Floats,
     Forecast,
     Need,
-    RoutedLayer,
     RouterSpec,
     Seen,
     learnable,
     routed_layer,
 )
 from moesim.predictors.counting import Frequency, TokenTableLookup
+from moesim.predictors.described import Described, Describer, Half
 from moesim.predictors.stack import Opinions, Stack, fit_stack
 from moesim.traces import InputError, LoadTable, StepTokens, TokenTable, step_tokens
 
@@ -40,7 +39,6 @@ HELD_OUT = 6
 """One request in so many is kept for the stack, then learned from like the others."""
 FRESH = 10.0
 """Weight of an observed token beside a fitted one."""
-Half = NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -64,15 +62,6 @@ class Statistics:
         return self.tokens, self.x_X, self.y_Y, self.xx_XX, self.xy_XY
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Described:
-    """One routed layer as the maps read it."""
-
-    ids: NDArray[np.integer]
-    values_TKC: Half
-    own_T: Half
-
-
 class Ridge:
     """See the module: fitted once.
 
@@ -94,6 +83,7 @@ class Ridge:
         self.weighted = table.topk_weights is not None and self._features(weighted=True) <= MOST_FEATURES
         if self._features(weighted=self.weighted) > MOST_FEATURES:
             raise InputError(f"predictor {self.name!r}: {self.L} layers of {self.E} experts are too many for it")
+        self._describe = Describer(predictor=self.name, experts=self.E, top_k=self.K, weighted=self.weighted)
         self._prior.fit(table, router)
         self._words = TokenTableLookup() if table.token_id is not None else None
         number_T = np.unique(table.request, return_inverse=True)[1]
@@ -120,7 +110,7 @@ class Ridge:
             told: Forecast = known.forecast(seen, layer, queued=queued)
             return told
         described = seen.memo.setdefault(self.name, [])
-        described += [self._described(one) for one in seen.routed[len(described) :]]
+        described += [self._describe(one) for one in seen.routed[len(described) :]]
         opinions = self._opinions(self._scores(described, distance), seen.tokens, layer)
         return self.stack_LD[layer, distance].forecast(opinions, self.K)
 
@@ -137,35 +127,11 @@ class Ridge:
     def _width(self, *, weighted: bool) -> int:
         return 3 * self.E + 1 if weighted else self.E
 
-    def _described(self, routed: RoutedLayer) -> Described:
-        """1 for a chosen expert and, with gate weights, their logarithm and that over the weight of an average expert
-        that was not chosen; the layer's own number is how much weight those have."""
-        ids = np.ascontiguousarray(routed.ids)
-        if not self.weighted:
-            ones = np.ones((*ids.shape, 1), np.float32)
-            return Described(ids=ids, values_TKC=ones, own_T=np.zeros(len(ids), np.float32))
-        if routed.weights is None:
-            raise InputError(f"predictor {self.name!r} was fitted with gate weights, and here there are none")
-        from moesim.predictors.kernels import described
-
-        w_TK = np.ascontiguousarray(routed.weights, np.float32)
-        values_TKC, own_T = np.empty((*w_TK.shape, 3), np.float32), np.empty(len(w_TK), np.float32)
-        described(w_TK, np.float32(max(self.E - self.K, 1)), values_TKC, own_T)
-        return Described(ids=ids, values_TKC=values_TKC, own_T=own_T)
-
-    def _dense(self, one: Described) -> Half:
-        """[T, F] the layer's description, zeros written out."""
-        T, _, C = one.values_TKC.shape
-        found = np.zeros((T, self.E, C), np.float32)
-        found[np.arange(T)[:, None], one.ids.astype(np.int64)] = one.values_TKC
-        flat = found.reshape(T, -1)
-        return np.concatenate([flat, one.own_T[:, None]], axis=1) if self.weighted else flat
-
     def _statistics(self, table: TokenTable, block: int = 4096) -> Statistics:
         sums = self._none()
         for begin in range(0, len(table) if self.L > 1 else 0, block):
             part = table.take(slice(begin, begin + block))
-            step = [self._described(routed_layer(part, layer)) for layer in range(self.L)]
+            step = [self._describe(routed_layer(part, layer)) for layer in range(self.L)]
             sums = sums.plus(self._summed(step), 1.0)
         return sums
 
@@ -174,7 +140,7 @@ class Ridge:
         return Statistics(0.0, np.zeros(X), np.zeros(Y), np.zeros((X, X)), np.zeros((X, Y)))
 
     def _summed(self, step: list[Described]) -> Statistics:
-        x_TX = np.concatenate([self._dense(one) for one in step[:-1]], axis=1)
+        x_TX = np.concatenate([self._describe.dense(one) for one in step[:-1]], axis=1)
         y_TLE = np.zeros((len(x_TX), self.L - 1, self.E), np.float32)
         for layer, one in enumerate(step[1:]):
             np.put_along_axis(y_TLE[:, layer], one.ids.astype(np.int64), 1.0, axis=1)
@@ -222,7 +188,7 @@ class Ridge:
 
     def _fitted_stacks(self, rest: TokenTable) -> dict[tuple[int, int], Stack]:
         tokens = step_tokens(rest, np.arange(len(rest)))
-        described = [self._described(routed_layer(rest, layer)) for layer in range(self.L)]
+        described = [self._describe(routed_layer(rest, layer)) for layer in range(self.L)]
         found = {}
         for layer in range(1, self.L):
             for distance in range(1, min(DISTANCES, layer) + 1):
@@ -247,7 +213,7 @@ class OnlineRidge(Ridge):
         """Remember the step, and solve the maps again when enough tokens have come."""
         if self.L == 1:
             return
-        self._waiting.append([self._described(one) for one in seen.routed])
+        self._waiting.append([self._describe(one) for one in seen.routed])
         if sum(len(step[0].ids) for step in self._waiting) < self.every:
             return
         for step in self._waiting:

@@ -9,6 +9,7 @@ from weighed_cases import EXPERTS, LAYERS, pairs, recall, seen_of, table, told
 
 from moesim.predictors import RoutedLayer, RouterSpec, routed_layer
 from moesim.predictors.counting import Frequency
+from moesim.predictors.described import Described
 from moesim.predictors.neighbours import Neighbours, Order, words
 from moesim.predictors.neighbours_context import Context
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
@@ -191,6 +192,7 @@ def test_shares_and_what_is_before_are_of_the_same_request():
     shares_TE = context.shares(ids_TK, 0, np.empty((5, EXPERTS), np.float32))
     assert shares_TE[:, 0].tolist() == [1, 1, 1, 0, 0] and shares_TE[4, 5] == 0.5
     assert shares_TE[2, 1] == pytest.approx(2 / 3)
-    ids, values, own = context.before((ids_TK, np.ones((5, 2, 1), np.float32), np.arange(5, dtype=np.float32)), 0)
-    assert values[:, 0, 0].tolist() == [0, 1, 1, 0, 1] and own.tolist() == [0, 0, 1, 0, 3]
-    assert ids[[1, 2, 4]].tolist() == ids_TK[[0, 1, 3]].tolist()
+    one = Described(ids=ids_TK, values_TKC=np.ones((5, 2, 1), np.float32), own_T=np.arange(5, dtype=np.float32))
+    before = context.before(one, 0)
+    assert before.values_TKC[:, 0, 0].tolist() == [0, 1, 1, 0, 1] and before.own_T.tolist() == [0, 0, 1, 0, 3]
+    assert before.ids[[1, 2, 4]].tolist() == ids_TK[[0, 1, 3]].tolist()

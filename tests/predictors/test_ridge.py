@@ -45,8 +45,8 @@ def test_the_maps_are_the_closed_form(weights):
     rows = table() if weights else replace(table(), topk_weights=None)
     predictor = fitted(rows)
     for last, distance in ((0, 1), (1, 2), (2, 1)):
-        described = [predictor._described(routed_layer(rows, layer)) for layer in range(last + 1)]
-        x = np.concatenate([predictor._dense(one) for one in described], axis=1).astype(np.float64)
+        described = [predictor._describe(routed_layer(rows, layer)) for layer in range(last + 1)]
+        x = np.concatenate([predictor._describe.dense(one) for one in described], axis=1).astype(np.float64)
         y = np.zeros((len(rows), EXPERTS))
         np.put_along_axis(y, rows.topk_ids[:, last + distance].astype(np.int64), 1.0, axis=1)
         centred = x - x.mean(axis=0)
