@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.predictors.base import Cost, Forecast, Need, RoutedLayer, RouterSpec, Seen, learnable, routed_layer
+from moesim.predictors.context import Context, Memory
 from moesim.predictors.counting import Frequency
 from moesim.predictors.described import Described, Describer, Half
-from moesim.predictors.neighbours_context import Context, Memory
 from moesim.predictors.neighbours_fit import (
     EARLY,
     FAR,

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from moesim.predictors.base import Cost, Floats, Need, RouterSpec, Seen
+from moesim.predictors.context import Context, Memory
 from moesim.predictors.learned.learned import Learned, _digest, kept
 from moesim.predictors.learned.requests import Batch, Requests
-from moesim.predictors.learned.routing_net_inputs import Context, Memory, described_width
+from moesim.predictors.learned.routing_net_inputs import Reader, described_width
 from moesim.predictors.learned.routing_net_solving import Solving, held_out
 from moesim.predictors.learned.routing_net_units import RoutingNet, log_odds
 from moesim.predictors.learned.training import Budget
@@ -46,7 +47,7 @@ class RoutingSettings:
 class State:
     """Of a running step."""
 
-    context: Context
+    reader: Reader
     far_TU: torch.Tensor | None = None
     near_TU: torch.Tensor | None = None
 
@@ -108,8 +109,8 @@ class RoutingPredictor(Learned[RoutingNet, RoutingSettings]):
         if queued or routed == 0 or not 0 <= layer - routed < self.view_count:
             return None
         state, net = self._state(seen), self.net
-        for source in range(len(state.context.own_STF), routed):
-            x_TX = torch.from_numpy(state.context.read(seen.routed[source])).to(self.device)
+        for source in range(len(state.reader.described), routed):
+            x_TX = torch.from_numpy(state.reader.read(seen.routed[source])).to(self.device)
             state.far_TU = net.farther(state.far_TU, source, x_TX)
             state.near_TU = net.near(state.far_TU, source)
         assert state.near_TU is not None, "a layer was read"
@@ -118,11 +119,11 @@ class RoutingPredictor(Learned[RoutingNet, RoutingSettings]):
 
     def observe(self, seen: Seen) -> None:
         """Remember the ends of the step's requests."""
-        context = self._state(seen).context
-        for routed in seen.routed[len(context.own_STF) : self.shape.layers - 1]:
-            context.read(routed)
+        reader = self._state(seen).reader
+        for routed in seen.routed[len(reader.described) : self.shape.layers - 1]:
+            reader.read(routed)
         if self.shape.layers > 1 and len(seen.tokens):
-            context.remember()
+            reader.remember()
 
     def flops(self) -> float:
         """A distance to each unit, and its readout."""
@@ -135,7 +136,7 @@ class RoutingPredictor(Learned[RoutingNet, RoutingSettings]):
 
     def _state(self, seen: Seen) -> State:
         def begun() -> State:
-            return State(Context(seen.tokens, self.shape.experts, bool(self.sizes["weighted"]), self._memory))
+            return State(Reader(Context(seen.tokens, self.shape.experts, self._memory), self.net.describe))
 
         state: State = kept(seen, (self.name, False), begun)
         return state

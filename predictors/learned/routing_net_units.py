@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from moesim.predictors.base import RoutedLayer
+from moesim.predictors.context import Context
+from moesim.predictors.described import Describer
 from moesim.predictors.learned.learned import Shape
 from moesim.predictors.learned.requests import tensor_of
-from moesim.predictors.learned.routing_net_inputs import Context, described_width
+from moesim.predictors.learned.routing_net_inputs import Reader, described_width
 from moesim.traces import StepTokens, TokenTable
 
 NARROWNESS = 0.8
@@ -40,7 +42,8 @@ class RoutingNet(nn.Module):
     def __init__(self, shape: Shape, units: int, weighted: bool, ahead: int) -> None:
         super().__init__()
         S, E, K = max(shape.layers - 1, 0), shape.experts, shape.top_k
-        self.experts, self.own = E, described_width(E, weighted=weighted)
+        self.describe = Describer(predictor="routing-net", experts=E, top_k=K, weighted=weighted)
+        self.own = described_width(E, weighted=weighted)
         self.register_buffer("ids_USK", torch.empty(units, S, K, dtype=torch.int32))
         weights_USK = torch.empty(units, S, K, dtype=torch.float16) if weighted else None
         self.register_buffer("weights_USK", weights_USK)
@@ -66,11 +69,11 @@ class RoutingNet(nn.Module):
         """[U, X] what is read of a layer of the units, worked out of all layers when it is first asked for."""
         if not self._unit_SUX:
             tokens = StepTokens(request=self.request_U.cpu().numpy(), position=self.position_U.cpu().numpy())
-            context = Context(tokens, self.experts, self.weights_USK is not None, {})
+            reader = Reader(Context(tokens, self.describe.experts, {}), self.describe)
             ids_USK, weights_USK = self.ids_USK.cpu(), None if self.weights_USK is None else self.weights_USK.cpu()
             for s, ids_UK in enumerate(ids_USK.unbind(1)):
                 weights_UK = None if weights_USK is None else weights_USK[:, s].numpy()
-                read_UX = context.read(RoutedLayer(ids=ids_UK.numpy(), weights=weights_UK))
+                read_UX = reader.read(RoutedLayer(ids=ids_UK.numpy(), weights=weights_UK))
                 self._unit_SUX.append(torch.from_numpy(read_UX).to(device))
         return self._unit_SUX[source]
 

@@ -8,10 +8,10 @@ import pytest
 from weighed_cases import EXPERTS, LAYERS, pairs, recall, seen_of, table, told
 
 from moesim.predictors import RoutedLayer, RouterSpec, routed_layer
+from moesim.predictors.context import Context
 from moesim.predictors.counting import Frequency
 from moesim.predictors.described import Described
 from moesim.predictors.neighbours import Neighbours, Order, words
-from moesim.predictors.neighbours_context import Context
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
 from moesim.predictors.neighbours_kernels import BANDWIDTHS, SOFT, closest, followed, mixed, started
 from moesim.predictors.ridge import Ridge

@@ -1,4 +1,4 @@
-"""What `neighbours` reads beside a token itself: what the token before it has routed, and its request so far.
+"""What can be read beside a token itself: what the token before it has routed, and its request so far.
 
 Nothing here is learned. Tokens stand by request and position; of a request that began in an earlier step the end of it
 is remembered, once that step has ended. Shape letters: T tokens, S source layers (all but the last), E experts, K
