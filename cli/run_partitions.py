@@ -58,7 +58,7 @@ _RANDOM = click.option(
     "--random",
     default="",
     metavar="NAME",
-    help="Random weights of a published model, say switch-base-128; to run a recorded routing on.",
+    help="In place of MODEL: random weights of a published one, say switch-base-128.",
 )
 _ROUTING = click.option(
     "--routing",
