@@ -1,4 +1,4 @@
-"""What `ridge` and `neighbours` read of a routed layer: the chosen experts and, where they are recorded, gate weights.
+"""What `ridge`, `neighbours` and the routing net read of a routed layer: chosen experts and, if recorded, gate weights.
 
 Shape letters: T tokens, E experts, K experts per token, C numbers that describe a chosen expert, F = E C numbers of a
 layer, and one more with gate weights.
