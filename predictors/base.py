@@ -59,8 +59,8 @@ class RoutedLayer:
 def routed_layer(table: TokenTable, layer: int, rows: NDArray[np.intp] | slice = slice(None)) -> RoutedLayer:
     """One layer of recorded routing, as a step sees it once the layer has routed."""
     return RoutedLayer(
-        ids=table.topk_ids[rows, layer],
-        weights=None if table.topk_weights is None else table.topk_weights[rows, layer],
+        ids=np.ascontiguousarray(table.topk_ids[rows, layer]),
+        weights=None if table.topk_weights is None else np.ascontiguousarray(table.topk_weights[rows, layer]),
         lookahead=None if table.lookahead_ids is None else table.lookahead_ids[rows, layer],
         router_input=None if table.router_input is None else table.router_input[rows, layer],
     )

@@ -7,7 +7,7 @@ experts per token, C numbers that describe a chosen expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,16 @@ class Context:
     memory: Memory
     _first_R: NDArray[np.intp] = field(init=False)
     """Rows at which a request begins or goes on."""
+    _before_T: NDArray[np.intp] = field(init=False)
+    """The row before each; below 0 where that is of another request."""
     _known: list[tuple[int, int, Remembered]] = field(init=False)
     """Of those that go on, which of these rows, the row, and what is remembered."""
 
     def __post_init__(self) -> None:
         request_T = self.tokens.request
         self._first_R = np.flatnonzero(np.diff(request_T, prepend=request_T[:1] - 1))
+        self._before_T = np.arange(-1, len(request_T) - 1)
+        self._before_T[self._first_R] = -1
         self._known = []
         for number, row in enumerate(self._first_R.tolist()):
             found = self.memory.get(int(request_T[row]))
@@ -59,23 +63,31 @@ class Context:
                 self._known.append((number, row, found))
 
     def before(self, one: Described, source: int) -> Described:
-        """What the tokens before have routed: nothing before a request's first token."""
-        ids_TK, values_TKC, own_T = (np.roll(part, 1, axis=0) for part in (one.ids, one.values_TKC, one.own_T))
-        values_TKC[self._first_R], own_T[self._first_R] = 0, 0
-        for _, row, found in self._known:
-            ids_TK[row], values_TKC[row], own_T[row] = found.last_S[source]
-        return Described(ids=ids_TK, values_TKC=values_TKC, own_T=own_T)
+        """What the tokens before those in `one` have routed: nothing before a request's first token."""
+        if not self._known:
+            return replace(one, row_T=self._before_T[one.row_T])
+        before_T = self._before_T.copy()
+        before_T[[row for _, row, _ in self._known]] = len(one.ids) + np.arange(len(self._known))
+        last = zip(*(found.last_S[source] for _, _, found in self._known), strict=True)
+        own = one.ids, one.values_NKC, one.own_N
+        ids, values_NKC, own_N = (np.concatenate([mine, np.stack(more)]) for mine, more in zip(own, last, strict=True))
+        return Described(ids=ids, values_NKC=values_NKC, own_N=own_N, row_T=before_T[one.row_T])
+
+    def begun(self, source: int) -> tuple[NDArray[np.intp], Half, Half]:
+        """Of each request the row of its first token here, and how often the tokens before it, and how many these are,
+        have chosen each expert."""
+        count_RE = np.zeros((len(self._first_R), self.experts), np.float32)
+        tokens_R = np.zeros(len(self._first_R), np.float32)
+        for number, _, found in self._known:
+            count_RE[number], tokens_R[number] = found.count_SE[source], found.tokens
+        return self._first_R, count_RE, tokens_R
 
     def shares(self, ids_TK: NDArray[np.integer], source: int, share_TE: Half) -> Half:
         """[T, E] how often the request has chosen each expert, a token, this one included; put into the first E of
         `share_TE`."""
         from moesim.predictors.neighbours_kernels import shares
 
-        count_RE = np.zeros((len(self._first_R), self.experts), np.float32)
-        tokens_R = np.zeros(len(self._first_R), np.float32)
-        for number, _, found in self._known:
-            count_RE[number], tokens_R[number] = found.count_SE[source], found.tokens
-        shares(ids_TK, self._first_R, count_RE, tokens_R, share_TE)
+        shares(ids_TK, *self.begun(source), share_TE)
         return share_TE
 
     def remember(self, described: list[Described]) -> None:
@@ -90,7 +102,7 @@ class Context:
             self.memory.pop(request, None)
             self.memory[request] = Remembered(
                 position=int(self.tokens.position[row]),
-                last_S=[(one.ids[row].copy(), one.values_TKC[row].copy(), one.own_T[row]) for one in described],
+                last_S=[(one.ids[row].copy(), one.values_NKC[row].copy(), one.own_N[row]) for one in described],
                 count_SE=np.stack([share_RE[number] * tokens for share_RE in share_SRE]),
                 tokens=tokens,
             )

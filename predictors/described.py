@@ -1,7 +1,7 @@
 """What `ridge`, `neighbours` and the routing net read of a routed layer: chosen experts and, if recorded, gate weights.
 
-Shape letters: T tokens, E experts, K experts per token, C numbers that describe a chosen expert, F = E C numbers of a
-layer, and one more with gate weights.
+Shape letters: T tokens, N rows that they read, E experts, K experts per token, C numbers that describe a chosen expert,
+F = E C numbers of a layer, and one more with gate weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from moesim.predictors.base import RoutedLayer
 from moesim.traces import InputError
 
 Half = NDArray[np.float32]
+EVERY = slice(None)
+"""All rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +24,12 @@ class Described:
     """One routed layer, only of chosen experts."""
 
     ids: NDArray[np.integer]
-    """[T, K]."""
-    values_TKC: Half
-    own_T: Half
+    """[N, K]."""
+    values_NKC: Half
+    own_N: Half
     """A number of the layer's own."""
+    row_T: NDArray[np.intp]
+    """Which of the N each token reads; below 0 nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,29 +41,33 @@ class Describer:
     top_k: int
     weighted: bool
 
-    def __call__(self, routed: RoutedLayer) -> Described:
+    def __call__(self, routed: RoutedLayer, rows: slice = EVERY) -> Described:
         """1 for a chosen expert and, with gate weights, their logarithm and that over the weight of an average expert
-        that was not chosen; the layer's own number is how much weight those have.
+        that was not chosen; the layer's own number is how much weight those have. Of `rows` and the one before them;
+        the numbers of others are not filled in.
 
         Raises InputError where there have to be gate weights and are none.
         """
-        ids = np.ascontiguousarray(routed.ids)
+        ids, row_T = np.ascontiguousarray(routed.ids), np.arange(len(routed.ids))[rows]
         if not self.weighted:
-            ones_TKC = np.ones((*ids.shape, 1), np.float32)
-            return Described(ids=ids, values_TKC=ones_TKC, own_T=np.zeros(len(ids), np.float32))
+            ones_NKC = np.ones((*ids.shape, 1), np.float32)
+            return Described(ids=ids, values_NKC=ones_NKC, own_N=np.zeros(len(ids), np.float32), row_T=row_T)
         if routed.weights is None:
             raise InputError(f"predictor {self.predictor!r} was fitted with gate weights, and here there are none")
         from moesim.predictors.kernels import described
 
-        w_TK = np.ascontiguousarray(routed.weights, np.float32)
-        values_TKC, own_T = np.empty((*w_TK.shape, 3), np.float32), np.empty(len(w_TK), np.float32)
-        described(w_TK, np.float32(max(self.experts - self.top_k, 1)), values_TKC, own_T)
-        return Described(ids=ids, values_TKC=values_TKC, own_T=own_T)
+        read = slice(max((rows.start or 0) - 1, 0), rows.stop)
+        w_NK = np.ascontiguousarray(routed.weights[read], np.float32)
+        values_NKC, own_N = np.empty((*ids.shape, 3), np.float32), np.empty(len(ids), np.float32)
+        described(w_NK, np.float32(max(self.experts - self.top_k, 1)), values_NKC[read], own_N[read])
+        return Described(ids=ids, values_NKC=values_NKC, own_N=own_N, row_T=row_T)
 
     def dense(self, one: Described) -> Half:
         """[T, F] the layer's description, zeros written out."""
-        T, _, C = one.values_TKC.shape
-        found_TEC = np.zeros((T, self.experts, C), np.float32)
-        found_TEC[np.arange(T)[:, None], one.ids.astype(np.int64)] = one.values_TKC
-        flat_TX = found_TEC.reshape(T, -1)
-        return np.concatenate([flat_TX, one.own_T[:, None]], axis=1) if self.weighted else flat_TX
+        T, read_R, C = len(one.row_T), np.flatnonzero(one.row_T >= 0), one.values_NKC.shape[2]
+        row_R, found_TF = one.row_T[read_R], np.zeros((T, self.experts * C + self.weighted), np.float32)
+        found_TEC = found_TF[:, : self.experts * C].reshape(T, self.experts, C)
+        found_TEC[read_R[:, None], one.ids[row_R].astype(np.int64)] = one.values_NKC[row_R]
+        if self.weighted:
+            found_TF[read_R, -1] = one.own_N[row_R]
+        return found_TF

@@ -33,10 +33,9 @@ from moesim.predictors.neighbours_fit import (
     SKETCH,
     STEP,
     Fitting,
-    Near,
     Units,
 )
-from moesim.predictors.stack import Stack, fit_stack
+from moesim.predictors.stack import Opinions, Stack, fit_stack
 from moesim.traces import LoadTable, StepTokens, TokenTable
 
 DISTANCES = 3
@@ -54,23 +53,18 @@ FOLLOWED = (4, 3, 2)
 """How many of the nearest units' neighbours are looked at, by layer; the last holds for the others."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class State:
-    """Of a running step."""
+    """Of a running step, or of some rows of it; T are these."""
 
+    rows: slice
     context: Context
-    z_TR: Half
-    """The other arrays are room to work in, new ones would cost more than what is put into them."""
-    next_TR: Half
+    z_2TR: Half
+    """Sketches after the last layer and the one before, in turns."""
     z_TQ: NDArray[np.int16]
-    beside_TX: Half
-    """X = 2 E: shares of the request, and what neighbours say."""
-    score_TE: Half
-    more_TE: Half
-    found_TN: NDArray[np.int32]
-    far_TN: NDArray[np.int32]
-    early: Near | None = None
-    """Those found under the layer EARLY."""
+    found_2TN: NDArray[np.int32]
+    far_2TN: NDArray[np.int32]
+    """Those near now, and those found under the layer EARLY."""
     described: list[Described] = field(default_factory=list)
 
 
@@ -115,11 +109,16 @@ class Neighbours:
         distance = layer - len(seen.routed) + 1
         if queued or not seen.routed or not 1 <= distance <= DISTANCES:
             return self._prior.forecast(seen, layer, queued=queued)
-        state = seen.memo.get(self.name) or self._begun(seen.tokens)
-        seen.memo[self.name] = state
-        for routed in seen.routed[len(state.described) :]:
-            self._follow(state, routed)
-        return self.stack_LD[layer, distance].forecast(self._scores(state, distance - 1)[None], self.K)
+        states: list[State] = seen.memo.get(self.name) or self._begun(seen.tokens)
+        seen.memo[self.name] = states
+
+        def opinions(number: int) -> Opinions:
+            state = states[number]
+            for routed in seen.routed[len(state.described) :]:
+                self._follow(state, routed)
+            return self._scores(state, distance - 1)[None]
+
+        return self.stack_LD[layer, distance].forecast(opinions, [state.rows for state in states], self.E, self.K)
 
     def observe(self, seen: Seen) -> None:
         """Remember the ends of the step's requests."""
@@ -132,69 +131,75 @@ class Neighbours:
         if not self.units:
             return Cost()
         E, R, rows = self.E, SKETCH, self.K * (3 if self.weighted else 1)
-        dense, sparse = R * R + (R + 2 * E) * E, rows * (R + (RECENT + 1) * E)
+        dense, sparse = R * R + R * E, rows * (R + (RECENT + 1) * E) + (self.K + 1) * E
         searched = (NEIGHBOURS + FOLLOWED[-1] * LISTED) * MEASURED + 2 * NEIGHBOURS * E
         return Cost(flops=2.0 * (dense + sparse + searched), parameters=sum(units.size() for units in self.units))
 
-    def _begun(self, tokens: StepTokens) -> State:
-        T, context = len(tokens), Context(tokens, self.E, self._memory)
-        found_TN = np.full((T, NEIGHBOURS), -1, np.int32)
-        z_TR, next_TR, beside_TX, score_TE, more_TE = (
-            np.zeros((T, width), np.float32) for width in (SKETCH, SKETCH, 2 * self.E, self.E, self.E)
+    def _begun(self, tokens: StepTokens) -> list[State]:
+        from moesim.predictors.halves import halves
+
+        context = Context(tokens, self.E, self._memory)
+        return [self._begun_rows(context, rows) for rows in halves(len(tokens))]
+
+    def _begun_rows(self, context: Context, rows: slice) -> State:
+        T = rows.stop - rows.start
+        return State(
+            rows=rows,
+            context=context,
+            z_2TR=np.empty((2, T, SKETCH), np.float32),
+            z_TQ=np.empty((T, MEASURED), np.int16),
+            found_2TN=np.full((2, T, NEIGHBOURS), -1, np.int32),
+            far_2TN=np.full((2, T, NEIGHBOURS), FAR),
         )
-        z_TQ, far_TN = np.empty((T, MEASURED), np.int16), np.full(found_TN.shape, FAR)
-        return State(context, z_TR, next_TR, z_TQ, beside_TX, score_TE, more_TE, found_TN, far_TN)
 
     def _follow(self, state: State, routed: RoutedLayer) -> None:
-        """The sketch after one more layer, and the units that are nearest now."""
+        """The sketches after one more layer, and the units that are nearest now."""
+        from moesim.predictors.kernels import product
         from moesim.predictors.neighbours_kernels import followed, measured, started
 
-        source = len(state.described)
-        units, one = self.units[source], self._describe(routed)
-        z_TR = state.next_TR
+        source, one = len(state.described), self._describe(routed, state.rows)
+        units, z_TR = self.units[source], state.z_2TR[source % 2]
+        z_TR[:] = units.shift_R
         if source:
-            np.matmul(state.z_TR, units.turn_RR, out=z_TR)
-        z_TR += units.shift_R
+            product(SKETCH, SKETCH)(state.z_2TR[1 - source % 2], units.turn_RR, z_TR)
         self._add(one, units.map_XR, z_TR)
-        z_TQ = state.z_TQ
-        measured(z_TR, units.step, MOST, z_TQ)
-        best = FOLLOWED[min(source, len(FOLLOWED) - 1)]
+        measured(z_TR, units.step, MOST, state.z_TQ)
+        search = state.z_TQ, units.unit_UQ, state.found_2TN[0], state.far_2TN[0]
         if source < len(self.orders):
             if source:
-                followed(units.near_UN, z_TQ, units.unit_UQ, state.found_TN, state.far_TN, 0)
-            started(self.orders[source].next_to(one.ids), z_TQ, units.unit_UQ, state.found_TN, state.far_TN)
-        followed(units.near_UN, z_TQ, units.unit_UQ, state.found_TN, state.far_TN, best)
-        state.z_TR, state.next_TR = z_TR, state.z_TR
-        state.described.append(one)
+                followed(units.near_UN, *search, 0)
+            started(self.orders[source].next_to(one.ids[state.rows]), *search)
+        followed(units.near_UN, *search, FOLLOWED[min(source, len(FOLLOWED) - 1)])
         if source <= EARLY:
-            state.early = state.found_TN.copy(), state.far_TN.copy(), units.narrow
+            state.found_2TN[1], state.far_2TN[1] = state.found_2TN[0], state.far_2TN[0]
+        state.described.append(one)
 
     def _scores(self, state: State, at: int) -> Half:
         """[T, E] about the probability that the expert is chosen, `at` + 1 layers after the last that was read."""
-        from moesim.predictors.neighbours_kernels import mixed
+        from moesim.predictors.kernels import product
+        from moesim.predictors.neighbours_kernels import mixed, shared
 
-        units, R, E = self.units[len(state.described) - 1], state.z_TR.shape[1], self.E
-        score_TE, beside_TX, read_FE = state.score_TE, state.beside_TX, units.read_DFE[at]
-        residual_UE, gain_JB, step = units.residual_DUE[at], units.gain_DJB[at], np.float32(STEP)
-        assert state.early is not None, "a layer was read"
-        beside_TX[:] = 0
-        state.context.shares(state.described[-1].ids, len(state.described) - 1, beside_TX)
-        mixed(state.found_TN, state.far_TN, units.narrow, gain_JB[0], residual_UE, step, beside_TX)
-        mixed(*state.early, gain_JB[1], residual_UE, step, beside_TX)
-        np.matmul(state.z_TR, read_FE[:R], out=score_TE)
-        score_TE += np.matmul(beside_TX, read_FE[-2 * E :], out=state.more_TE)
-        score_TE += units.usual_DE[at]
-        before = state.context.before(state.described[-1], len(state.described) - 1)
-        read = [*state.described[-RECENT:], before]
-        for one, map_XE in zip(read, read_FE[R : -2 * E].reshape(len(read), -1, E), strict=True):
-            self._add(one, map_XE, score_TE)
+        source, one = len(state.described) - 1, state.described[-1]
+        units, T = self.units[source], len(one.row_T)
+        read_FE, residual_UE, step = units.read_DFE[at], units.residual_DUE[at], np.float32(STEP)
+        score_TE = np.repeat(units.usual_DE[at][None], T, axis=0)
+        product(SKETCH, self.E)(state.z_2TR[source % 2], read_FE[:SKETCH], score_TE)
+        read = [*state.described[-RECENT:], state.context.before(one, source)]
+        for each, map_XE in zip(read, read_FE[SKETCH : -self.E].reshape(len(read), -1, self.E), strict=True):
+            self._add(each, map_XE, score_TE)
+        shared(one.ids, *state.context.begun(source), read_FE[-self.E :], state.rows.start, score_TE)
+        narrow = units.narrow, self.units[min(source, EARLY)].narrow
+        for found_TN, far_TN, by, gain_B in zip(
+            state.found_2TN, state.far_2TN, narrow, units.gain_DJB[at], strict=True
+        ):
+            mixed(found_TN, far_TN, by, gain_B, residual_UE, step, score_TE)
         return score_TE
 
     def _add(self, one: Described, map_XR: Half, to_TR: Half) -> None:
         from moesim.predictors.kernels import linear
 
-        add = linear(self.E, one.values_TKC.shape[2], to_TR.shape[1])
-        add(one.ids, one.values_TKC, one.own_T, map_XR, to_TR)
+        add = linear(self.E, one.values_NKC.shape[2], to_TR.shape[1])
+        add(one.row_T, one.ids, one.values_NKC, one.own_N, map_XR, to_TR)
 
 
 @dataclass(frozen=True, slots=True)

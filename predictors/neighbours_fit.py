@@ -50,9 +50,10 @@ class Units:
     narrow: np.float32
     """On squared distances in steps."""
     read_DFE: Half
-    """[D, R + J X + V + E, E] from the sketch, the last J layers, V numbers of the request, and the neighbours."""
+    """[D, R + J X + V, E] from the sketch, the last J layers, and V numbers of the request."""
     usual_DE: Half
     residual_DUE: NDArray[np.int8]
+    """What is read off the residuals, which is as linear as what they are of."""
     gain_DJB: Half
     """Of the neighbours now and early."""
 
@@ -158,8 +159,10 @@ class Fitting:
         f_TF, y_TE = read_UF[checked] - mean_F, y_UE[checked]
         left_TE = y_TE - (y_TE - f_TF @ read_FE) / (1 - _leverage(f_TF, inverse_FF)) + usual_E
         usual_E -= mean_F @ read_FE
-        read_FE[-len(usual_E) :] *= LOUD
-        return Told(read_FE, usual_E, residual_UE, gain_JB, left_TE)
+        # What is read off the neighbours' residuals is the sum of what is read off each.
+        read_FE, mixed_EE = np.split(read_FE, [-len(usual_E)])
+        residual_UE = np.round(residual_UE @ (LOUD * mixed_EE)).clip(-127, 127).astype(np.int8)
+        return Told(np.ascontiguousarray(read_FE), usual_E, residual_UE, gain_JB, left_TE)
 
 
 @dataclass(frozen=True, slots=True)

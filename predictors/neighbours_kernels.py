@@ -95,8 +95,8 @@ def closest(far_TU: Any, own_T: Any, owner_U: Any, found_TK: Any, best_TK: Any) 
 
 
 @compiled(fastmath=True, error_model="numpy")
-def mixed(found_TK: Any, far_TK: Any, narrow: Any, gain_B: Any, residual_UE: Any, step: Any, told_TX: Any) -> None:
-    """The last E of told[t] += the neighbours' residuals, weighed in each bandwidth by its gain and by
+def mixed(found_TK: Any, far_TK: Any, narrow: Any, gain_B: Any, residual_UE: Any, step: Any, told_TE: Any) -> None:
+    """told[t] += the neighbours' residuals, weighed in each bandwidth by its gain and by
     exp(-2^b narrow far) over the sum of these."""
     weight_K, power_K, soft_B = np.empty(K, np.float32), np.empty(K, np.float32), np.array(SOFT, np.float32)
     for t in range(len(found_TK)):
@@ -111,7 +111,7 @@ def mixed(found_TK: Any, far_TK: Any, narrow: Any, gain_B: Any, residual_UE: Any
             for k in range(K):
                 weight_K[k] += share * power_K[k]
                 power_K[k] *= power_K[k]
-        told_E = told_TX[t, told_TX.shape[1] - residual_UE.shape[1] :]
+        told_E = told_TE[t]
         for k in range(0, K, 4):  # four rows at a time
             a, b, c, d = weight_K[k], weight_K[k + 1], weight_K[k + 2], weight_K[k + 3]
             i, j = residual_UE[found_TK[t, k]], residual_UE[found_TK[t, k + 1]]
@@ -158,3 +158,28 @@ def shares(ids_TK: Any, first_R: Any, count_RE: Any, tokens_R: Any, share_TE: An
             tokens += np.float32(1)
             for e in range(len(count_E)):
                 share_TE[t, e] = count_E[e] / tokens
+
+
+@compiled(fastmath=True, error_model="numpy")
+def shared(ids_TK: Any, first_R: Any, count_RE: Any, tokens_R: Any, map_EE: Any, begin: int, told_TE: Any) -> None:
+    """told[t - begin] += shares[t] @ map, of the shares that `shares` makes: a token adds its rows to those of its
+    request so far."""
+    T, E = begin + len(told_TE), len(map_EE)
+    row_E = np.empty(E, np.float32)
+    for r in range(np.searchsorted(first_R, begin, side="right") - 1, len(first_R)):
+        first, last = first_R[r], first_R[r + 1] if r + 1 < len(first_R) else len(ids_TK)
+        if first >= T:
+            break
+        row_E[:] = np.float32(0)
+        for e in range(E if tokens_R[r] else 0):
+            for to in range(E):
+                row_E[to] += count_RE[r, e] * map_EE[e, to]
+        for t in range(first, min(last, T)):
+            for k in range(ids_TK.shape[1]):
+                map_E = map_EE[ids_TK[t, k]]
+                for e in range(E):
+                    row_E[e] += map_E[e]
+            if t >= begin:
+                share = np.float32(1) / (tokens_R[r] + np.float32(t - first + 1))
+                for e in range(E):
+                    told_TE[t - begin, e] += share * row_E[e]

@@ -27,7 +27,7 @@ from moesim.predictors.base import (
     routed_layer,
 )
 from moesim.predictors.counting import Frequency, TokenTableLookup
-from moesim.predictors.described import Described, Describer, Half
+from moesim.predictors.described import EVERY, Described, Describer, Half
 from moesim.predictors.stack import Opinions, Stack, fit_stack
 from moesim.traces import InputError, LoadTable, StepTokens, TokenTable, step_tokens
 
@@ -109,10 +109,18 @@ class Ridge:
             known: Any = self._words or self._prior
             told: Forecast = known.forecast(seen, layer, queued=queued)
             return told
-        described = seen.memo.setdefault(self.name, [])
-        described += [self._describe(one) for one in seen.routed[len(described) :]]
-        opinions = self._opinions(self._scores(described, distance), seen.tokens, layer)
-        return self.stack_LD[layer, distance].forecast(opinions, self.K)
+        from moesim.predictors.halves import halves  # compiled: only who forecasts pays for it
+
+        parts = halves(len(seen.tokens))
+        described_P: list[list[Described]] = seen.memo.setdefault(self.name, [[] for _ in parts])
+        word_TE, stack = self._word(seen.tokens, layer), self.stack_LD[layer, distance]
+
+        def opinions(number: int) -> Opinions:
+            described, rows = described_P[number], parts[number]
+            described += [self._describe(one, rows) for one in seen.routed[len(described) :]]
+            return self._opinions(self._scores(described, distance), word_TE, rows)
+
+        return stack.forecast(opinions, parts, self.E, self.K)
 
     def cost(self) -> Cost:
         """The maps' rows of the chosen experts are added, over half of the layers on average."""
@@ -173,18 +181,22 @@ class Ridge:
         """[T, E] the linear forecast: about the probability that the expert is chosen."""
         from moesim.predictors.kernels import linear  # compiled: only who forecasts pays for it
 
-        last, add = len(described) - 1, linear(self.E, described[0].values_TKC.shape[2])
-        score_TE = np.repeat(self.means[last][distance - 1][None], len(described[0].ids), axis=0)
+        last, add = len(described) - 1, linear(self.E, described[0].values_NKC.shape[2])
+        score_TE = np.repeat(self.means[last][distance - 1][None], len(described[0].row_T), axis=0)
         for one, map_XE in zip(described, self.maps[last][distance - 1], strict=True):
-            add(one.ids, one.values_TKC, one.own_T, map_XE, score_TE)
+            add(one.row_T, one.ids, one.values_NKC, one.own_N, map_XE, score_TE)
         return score_TE
 
-    def _opinions(self, score_TE: Half, tokens: StepTokens, layer: int) -> Opinions:
+    def _opinions(self, score_TE: Half, word_TE: Half | None, rows: slice = EVERY) -> Opinions:
+        return score_TE[None] if word_TE is None else np.stack([score_TE, word_TE[rows]])
+
+    def _word(self, tokens: StepTokens, layer: int) -> Half | None:
+        """[T, E] what the token table says, where there is one."""
         if not self._words:
-            return score_TE[None]
+            return None
         told = self._words.forecast(Seen(step=0, tokens=tokens), layer).inclusion
         assert told is not None, "the token table speaks of every token"
-        return np.stack([score_TE, told.astype(np.float32)])
+        return told.astype(np.float32)
 
     def _fitted_stacks(self, rest: TokenTable) -> dict[tuple[int, int], Stack]:
         tokens = step_tokens(rest, np.arange(len(rest)))
@@ -192,10 +204,11 @@ class Ridge:
         found = {}
         for layer in range(1, self.L):
             for distance in range(1, min(DISTANCES, layer) + 1):
-                scores = self._scores(described[: layer - distance + 1], distance)
-                opinions = self._opinions(scores, tokens, layer)
-                found[layer, distance] = fit_stack(opinions, rest.topk_ids[:, layer])
-                found[layer, distance].forecast(opinions, self.K)  # no forecast of a step waits for the compiler
+                score_TE = self._scores(described[: layer - distance + 1], distance)
+                opinion_JTE = self._opinions(score_TE, self._word(tokens, layer))
+                stack = found[layer, distance] = fit_stack(opinion_JTE, rest.topk_ids[:, layer])
+                # No forecast of a step waits for the compiler.
+                stack.forecast([opinion_JTE].__getitem__, [slice(0, len(rest))], self.E, self.K)
         return found
 
 

@@ -5,12 +5,13 @@ Shape letters: J opinions, T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.predictors.base import Forecast
+from moesim.predictors.base import Floats, Forecast
 
 LEAST = 4e-3
 """Opinions are kept this far from never and always: they are not that sure."""
@@ -25,15 +26,25 @@ class Stack:
     weight_J: NDArray[np.float32]
     bias: float
 
-    def forecast(self, opinion_JTE: Opinions, top_k: int) -> Forecast:
-        """Inclusion probabilities scaled to rows that sum to K, none above 1."""
-        from moesim.predictors.kernels import weighed  # compiled: only who forecasts pays for it
+    def forecast(
+        self, opinions: Callable[[int], Opinions], parts: Sequence[slice], experts: int, top_k: int
+    ) -> Forecast:
+        """Inclusion probabilities scaled to rows that sum to K, none above 1. `opinions` is asked for each of the parts
+        that make up the tokens, by its number, two at once."""
+        from moesim.predictors.halves import together  # compiled, both: only who forecasts pays for it
+        from moesim.predictors.kernels import weighed
 
-        _, T, E = opinion_JTE.shape
-        inclusion_TE, topk, load_E = np.empty((T, E), np.float32), np.empty((T, top_k), np.int64), np.zeros(E)
+        T = parts[-1].stop
+        inclusion_TE, topk_TK = np.empty((T, experts), np.float32), np.empty((T, top_k), np.int64)
         bias, least = np.float32(self.bias), np.float32(LEAST)
-        weighed(opinion_JTE, self.weight_J, bias, least, inclusion_TE, topk, load_E)
-        return Forecast(load=load_E, topk=topk, inclusion_UE=inclusion_TE)
+
+        def weigh(number: int) -> Floats:
+            rows, load_E = parts[number], np.zeros(experts)
+            weighed(opinions(number), self.weight_J, bias, least, inclusion_TE[rows], topk_TK[rows], load_E)
+            return load_E
+
+        load_E = np.sum(together(weigh, range(len(parts))), axis=0)
+        return Forecast(load=load_E, topk=topk_TK, inclusion_UE=inclusion_TE)
 
 
 def fit_stack(opinion_JTE: Opinions, ids_TK: NDArray[np.integer], most: int = 4096) -> Stack:

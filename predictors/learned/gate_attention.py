@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from moesim.predictors.base import Forecast, RouterSpec, Seen
+from moesim.predictors.halves import halves, together
 from moesim.predictors.learned.gate_attention_drafts import ReadySource, Step, one_thread, rows_of
 from moesim.predictors.learned.gate_attention_kernels import chances
 from moesim.predictors.learned.gate_attention_net import AttentionNet, AttentionSettings
@@ -31,6 +33,8 @@ from moesim.traces import LoadTable, Phase, TokenTable, request_lengths
 
 SAMPLE = 16_384
 """Tokens from which scales are taken."""
+Part = tuple[slice, Step]
+"""Rows of a step, of whole requests."""
 
 
 class GateAttention(AskedEarly[AttentionSettings]):
@@ -121,10 +125,17 @@ class GateAttention(AskedEarly[AttentionSettings]):
         view, source = layer - len(seen.routed), len(seen.routed) - 1
         if queued or source < 0 or not 0 <= view < self.view_count:
             return None
-        with one_thread():
-            known, drafts = kept(seen, (f"{self.name} {source}", False), lambda: ([], self._begun(seen, source)))
-            while len(known) <= view:
-                known.append(next(drafts))
+        parts: list[Part] = kept(seen, (self.name, False), lambda: self._parts(seen))
+        known, drafts = kept(seen, (f"{self.name} {source}", False), lambda: ([], [None] * len(parts)))
+
+        def next_draft(number: int) -> torch.Tensor:
+            with one_thread():
+                drafts[number] = drafts[number] or self._begun(seen, source, *parts[number])
+                told_TE: torch.Tensor = next(drafts[number])
+            return told_TE
+
+        while len(known) <= view:
+            known.append(torch.cat(together(next_draft, range(len(parts)))))
         return known[view], view
 
     def told(self, logits_TE: torch.Tensor, sharpness: float) -> Forecast:
@@ -132,9 +143,14 @@ class GateAttention(AskedEarly[AttentionSettings]):
         if self.shape.top_k > 1:
             return super().told(logits_TE, sharpness)
         T, E = logits_TE.shape
-        p_TE, topk, load_E = np.empty((T, E), np.float32), np.empty((T, 1), np.int64), np.zeros(E)
-        chances(logits_TE.numpy(), np.float32(sharpness), p_TE, topk, load_E)
-        return Forecast(load=load_E, topk=topk, inclusion_UE=p_TE)
+        p_TE, topk = np.empty((T, E), np.float32), np.empty((T, 1), np.int64)
+
+        def loads(rows: slice) -> NDArray[np.float64]:
+            load_E = np.zeros(E)
+            chances(logits_TE[rows].numpy(), np.float32(sharpness), p_TE[rows], topk[rows], load_E)
+            return load_E
+
+        return Forecast(load=np.sum(together(loads, halves(T)), axis=0), topk=topk, inclusion_UE=p_TE)
 
     def flops(self) -> float:
         """A start with the maps of the chosen experts, a block and a gate; attention's own products over 128 tokens."""
@@ -158,18 +174,24 @@ class GateAttention(AskedEarly[AttentionSettings]):
         mask_BSS = net.mask(batch, self.device)
         return [list(net.drafts(source, given, batch, mask_BSS)) for source in range(self.shape.layers - 1)]
 
-    def _begun(self, seen: Seen, source: int) -> Iterator[torch.Tensor]:
-        step: Step = kept(seen, (self.name, False), lambda: self._step(seen))
+    def _begun(self, seen: Seen, source: int, rows: slice, step: Step) -> Iterator[torch.Tensor]:
         for routed in seen.routed[len(step.bits_LTD) :]:
-            step.add(routed.ids, routed.weights, self._inputs(routed))
+            weights = None if routed.weights is None else routed.weights[rows]
+            step.add(routed.ids[rows], weights, self._inputs(routed)[rows])
         return self._ready[source].drafts(step)
 
-    def _step(self, seen: Seen) -> Step:
+    def _parts(self, seen: Seen) -> list[Part]:
+        """Of many tokens two, as requests know nothing of each other."""
         tokens, row_T = seen.tokens, np.zeros(len(seen.tokens), np.int64)
         if self._known_V is not None:
             assert tokens.token_id is not None, "it was fitted with vocabulary ids"
             row_T = rows_of(self._known_V, tokens.token_id)
-        return Step(length_B=request_lengths(tokens.request), word_T=row_T)
+        length_B = request_lengths(tokens.request)
+        end_B = length_B.cumsum()
+        return [
+            (rows, Step(length_B=length_B[(end_B > rows.start) & (end_B <= rows.stop)], word_T=row_T[rows]))
+            for rows in halves(len(tokens), end_B)
+        ]
 
     def _make_ready(self) -> None:
         """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler."""

@@ -83,9 +83,10 @@ class ReadyBlock:
         """[T, W] the values that every token's queries ask for; `scale_T` is 1 over the root mean square of its row."""
         told_IT = self.map_ID @ u_TD.T
         mixed_WT = torch.empty((len(self.out_WD), len(u_TD)))
-        if self.bias_AP.shape[1] < 2 * (longest := int(length_B.max())) - 1:
-            self.bias_AP = self.bucket_AX.take(buckets(longest).numpy()[::-1], axis=1)
-        attend(told_IT.numpy(), scale_T.numpy(), length_B, self.bias_AP, causal, mixed_WT.numpy())
+        bias_AP = self.bias_AP  # as it is now: another thread may put a shorter one there
+        if bias_AP.shape[1] < 2 * (longest := int(length_B.max())) - 1:
+            bias_AP = self.bias_AP = self.bucket_AX.take(buckets(longest).numpy()[::-1], axis=1)
+        attend(told_IT.numpy(), scale_T.numpy(), length_B, bias_AP, causal, mixed_WT.numpy())
         return mixed_WT.T
 
 

@@ -10,10 +10,10 @@ from weighed_cases import EXPERTS, LAYERS, pairs, recall, seen_of, table, told
 from moesim.predictors import RoutedLayer, RouterSpec, routed_layer
 from moesim.predictors.context import Context
 from moesim.predictors.counting import Frequency
-from moesim.predictors.described import Described
+from moesim.predictors.described import Described, Describer
 from moesim.predictors.neighbours import Neighbours, Order, words
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
-from moesim.predictors.neighbours_kernels import BANDWIDTHS, SOFT, closest, followed, mixed, started
+from moesim.predictors.neighbours_kernels import BANDWIDTHS, SOFT, closest, followed, mixed, shared, shares, started
 from moesim.predictors.ridge import Ridge
 from moesim.traces import InputError, StepTokens, split_requests
 
@@ -192,7 +192,22 @@ def test_shares_and_what_is_before_are_of_the_same_request():
     shares_TE = context.shares(ids_TK, 0, np.empty((5, EXPERTS), np.float32))
     assert shares_TE[:, 0].tolist() == [1, 1, 1, 0, 0] and shares_TE[4, 5] == 0.5
     assert shares_TE[2, 1] == pytest.approx(2 / 3)
-    one = Described(ids=ids_TK, values_TKC=np.ones((5, 2, 1), np.float32), own_T=np.arange(5, dtype=np.float32))
-    before = context.before(one, 0)
-    assert before.values_TKC[:, 0, 0].tolist() == [0, 1, 1, 0, 1] and before.own_T.tolist() == [0, 0, 1, 0, 3]
-    assert before.ids[[1, 2, 4]].tolist() == ids_TK[[0, 1, 3]].tolist()
+    ones_NKC, own_N = np.ones((5, 2, 1), np.float32), np.arange(5, dtype=np.float32)
+    before = context.before(Described(ids=ids_TK, values_NKC=ones_NKC, own_N=own_N, row_T=np.arange(5)), 0)
+    assert before.row_T.tolist() == [-1, 0, 1, -1, 3]
+    dense_TF = Describer(predictor="", experts=EXPERTS, top_k=2, weighted=False).dense(before)
+    assert [np.flatnonzero(row).tolist() for row in dense_TF] == [[], [0, 1], [0, 2], [], [4, 5]]
+
+
+@pytest.mark.parametrize("rows", [slice(0, 9), slice(0, 4), slice(3, 9), slice(5, 6)])
+def test_what_shares_say_is_added_up_token_by_token(rows):
+    """The same as by `shares` and a product, wherever one begins; and of a request that goes on."""
+    rng = np.random.default_rng(0)
+    ids_TK, by_EE = rng.integers(0, EXPERTS, (9, 2)), rng.normal(size=(EXPERTS, EXPERTS)).astype(np.float32)
+    first_R, tokens_R = np.array([0, 4, 5]), np.array([3, 0, 2], np.float32)
+    count_RE = rng.integers(0, 3, (3, EXPERTS)).astype(np.float32) * (tokens_R[:, None] > 0)
+    share_TE = np.empty((9, EXPERTS), np.float32)
+    shares(ids_TK, first_R, count_RE.copy(), tokens_R, share_TE)
+    told_TE = np.ones((rows.stop - rows.start, EXPERTS), np.float32)
+    shared(ids_TK, first_R, count_RE, tokens_R, by_EE, rows.start, told_TE)
+    assert told_TE == pytest.approx(1 + (share_TE @ by_EE)[rows], abs=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers import make_table
 from moesim.predictors import RoutedLayer, RouterSpec, Seen, routed_layer
 from moesim.predictors.base import inclusion_of
-from moesim.predictors.kernels import described, linear
+from moesim.predictors.kernels import described, linear, product
 from moesim.predictors.ridge import PENALTY, OnlineRidge, Ridge
 from moesim.predictors.stack import LEAST, Stack, fit_stack
 from moesim.traces import InputError, split_requests, step_tokens
@@ -142,16 +142,29 @@ def test_a_token_is_forecast_the_same_in_any_company():
 @settings(max_examples=25, deadline=None)
 def test_the_compiled_sum_is_that_of_numpy(seed, top_k, numbers, own, experts):
     rng = np.random.default_rng(seed)
-    T = 5
-    ids = rng.integers(0, experts, (T, top_k)).astype(np.uint8)
-    values, owns = rng.normal(size=(T, top_k, numbers)).astype(np.float32), rng.normal(size=T).astype(np.float32)
+    T, N = 7, 5
+    ids = rng.integers(0, experts, (N, top_k)).astype(np.uint8)
+    values, owns = rng.normal(size=(N, top_k, numbers)).astype(np.float32), rng.normal(size=N).astype(np.float32)
     rows = rng.normal(size=(numbers * experts + own, experts)).astype(np.float32)
     score = rng.normal(size=(T, experts)).astype(np.float32)
-    expected = score.astype(np.float64) + (owns[:, None] * rows[-1] if own else 0)
+    added = np.zeros((N + 1, experts)) + (np.append(owns, 0)[:, None] * rows[-1] if own else 0)
     for k in range(top_k):
         for c in range(numbers):
-            expected += values[:, k, c, None] * rows[numbers * ids[:, k].astype(int) + c]
-    linear(experts, numbers)(ids, values, owns, rows, score)
+            added[:-1] += values[:, k, c, None] * rows[numbers * ids[:, k].astype(int) + c]
+    read = rng.integers(-1, N, T)
+    expected = score + added[read]
+    linear(experts, numbers)(read, ids, values, owns, rows, score)
+    assert score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 8, 3), (16, 128, 64), (37, 24, 60)])
+def test_the_compiled_product_is_that_of_numpy(tokens, rows, width):
+    rng = np.random.default_rng(0)
+    given, by, score = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((tokens, rows), (rows, width), (tokens, width))
+    )
+    expected = score.astype(np.float64) + given.astype(np.float64) @ by
+    product(rows, width)(given, by, score)
     assert score == pytest.approx(expected, abs=1e-4)
 
 
@@ -175,7 +188,8 @@ def test_logarithm_and_exponential_are_those_of_numpy(weight, bias):
     p = np.clip(told[0].astype(np.float64), LEAST, 1 - LEAST)
     expected = 1 / (1 + np.exp(-weight * np.log(p / (1 - p)) - bias))
     # Scaled to a sum of 1: no row has a probability that would be cut.
-    assert stack.forecast(told, 1).inclusion == pytest.approx(expected / expected.sum(axis=1, keepdims=True), rel=1e-5)
+    said = stack.forecast(lambda _: told, [slice(0, 64)], 64, 1)
+    assert said.inclusion == pytest.approx(expected / expected.sum(axis=1, keepdims=True), rel=1e-5)
 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 2))
@@ -184,7 +198,7 @@ def test_weighing_is_that_of_numpy(seed, top_k, opinions):
     rng = np.random.default_rng(seed)
     told = rng.random((opinions, 6, EXPERTS)).astype(np.float32)
     weight = rng.random(opinions).astype(np.float32)
-    forecast = Stack(weight_J=weight, bias=-0.3).forecast(told, top_k)
+    forecast = Stack(weight_J=weight, bias=-0.3).forecast(lambda _: told, [slice(0, 6)], EXPERTS, top_k)
     p = np.clip(told.astype(np.float64), LEAST, 1 - LEAST)
     odds = (weight[:, None, None] * np.log(p / (1 - p))).sum(axis=0) - 0.3
     expected = 1 / (1 + np.exp(-odds))

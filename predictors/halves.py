@@ -1,0 +1,46 @@
+"""A step's tokens on two cores: what is said of a token hangs on no other token's forecast."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+P = TypeVar("P")
+R = TypeVar("R")
+ENOUGH = 512
+"""Tokens; with fewer, one thread is done before a second one is awake."""
+
+
+def halves(tokens: int, end_B: NDArray[np.int64] | None = None) -> list[slice]:
+    """All rows; of many two parts of about as many, where NUMBA_NUM_THREADS allows two threads. The first one ends
+    where one of the requests does, if `end_B` says where these end."""
+    if tokens < ENOUGH or numba.config.NUMBA_NUM_THREADS < 2:
+        return [slice(0, tokens)]
+    middle = tokens // 2 if end_B is None else int(end_B[np.abs(end_B - tokens // 2).argmin()])
+    return [rows for rows in (slice(0, middle), slice(middle, tokens)) if rows.start < rows.stop]
+
+
+def together(work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
+    """What `work` returns of each of the parts, of which there are one or two; it is asked for two at once, and has to
+    let other threads run, as compiled code does."""
+    if len(parts) == 1:
+        return [work(parts[0])]
+    second = _helper(os.getpid()).submit(work, parts[1])
+    try:
+        first = work(parts[0])
+    finally:
+        second.exception()  # it writes into the same arrays: it has ended, whatever happened here
+    return [first, second.result()]
+
+
+@cache
+def _helper(process: int) -> ThreadPoolExecutor:
+    """Of this process: a forked one inherits no threads."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"forecast-{process}")
