@@ -29,6 +29,7 @@ from moesim.predictors.markov2 import Markov2
 from moesim.predictors.matrices import NearestMatrix
 from moesim.predictors.mixture import Mixture
 from moesim.predictors.neighbours import Neighbours
+from moesim.predictors.neighbours_online import OnlineNeighbours
 from moesim.predictors.oracle import Oracle
 from moesim.predictors.paths import Paths
 from moesim.predictors.ridge import OnlineRidge, Ridge
@@ -68,6 +69,7 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "ridge": Ridge,
     "ridge-online": OnlineRidge,
     "neighbours": Neighbours,
+    "neighbours-online": OnlineNeighbours,
     "sida": Learned("sida", "Sida"),
     "predictive-replication": Learned("replication", "Replication"),
     "gru": Learned("gru", "Gru"),

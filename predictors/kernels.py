@@ -85,17 +85,24 @@ def product(rows: int, width: int) -> Any:
 def described(weight_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
     """What gate weights say: of each chosen expert 1, the logarithm of its weight, and that over the weight of an
     average one of the `others`, which were not chosen; of the token how much these have. Each shifted to be near 0."""
-    for t in range(len(weight_TK)):
+    T, K = weight_TK.shape
+    log_N, rest_T = weight_TK.copy().reshape(T * K), np.empty(T, np.float32)
+    for n in range(T * K):
+        log_N[n] = _log(max(log_N[n], np.float32(1e-4)))
+    for t in range(T):
         rest = ONE
         for weight in weight_TK[t]:
             rest -= max(weight, np.float32(1e-4))
-        rest = _log(max(rest, np.float32(1e-3)) / others)
-        for k in range(weight_TK.shape[1]):
-            log = _log(max(weight_TK[t, k], np.float32(1e-4)))
+        rest_T[t] = rest
+    for t in range(T):
+        rest_T[t] = _log(max(rest_T[t], np.float32(1e-3)) / others)
+        own_T[t] = np.float32(2) * (rest_T[t] + np.float32(5))
+    for t in range(T):
+        for k in range(K):
+            log = log_N[t * K + k]
             values_TKC[t, k, 0] = ONE
             values_TKC[t, k, 1] = log + np.float32(3)
-            values_TKC[t, k, 2] = np.float32(0.7) * (log - rest - np.float32(1.5))
-        own_T[t] = np.float32(2) * (rest + np.float32(5))
+            values_TKC[t, k, 2] = np.float32(0.7) * (log - rest_T[t] - np.float32(1.5))
 
 
 @compiled(fastmath=True, error_model="numpy")

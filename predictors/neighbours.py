@@ -49,7 +49,7 @@ STARTS = 3
 """Layers under which a search begins from these, too."""
 MOST = np.float32(400)
 """Steps that a token's number may be from 0, so that squared distances stay below FAR."""
-FOLLOWED = (4, 3, 2)
+FOLLOWED = (4, 3, 1)
 """How many of the nearest units' neighbours are looked at, by layer; the last holds for the others."""
 
 
@@ -59,12 +59,13 @@ class State:
 
     rows: slice
     context: Context
-    z_2TR: Half
-    """Sketches after the last layer and the one before, in turns."""
+    z_TR: Half
     z_TQ: NDArray[np.int16]
     found_2TN: NDArray[np.int32]
     far_2TN: NDArray[np.int32]
     """Those near now, and those found under the layer EARLY."""
+    narrow: tuple[np.float32, np.float32] = np.float32(0), np.float32(0)
+    """On the distances of these and those."""
     described: list[Described] = field(default_factory=list)
 
 
@@ -146,7 +147,7 @@ class Neighbours:
         return State(
             rows=rows,
             context=context,
-            z_2TR=np.empty((2, T, SKETCH), np.float32),
+            z_TR=np.empty((T, SKETCH), np.float32),
             z_TQ=np.empty((T, MEASURED), np.int16),
             found_2TN=np.full((2, T, NEIGHBOURS), -1, np.int32),
             far_2TN=np.full((2, T, NEIGHBOURS), FAR),
@@ -157,42 +158,51 @@ class Neighbours:
         from moesim.predictors.kernels import product
         from moesim.predictors.neighbours_kernels import followed, measured, started
 
-        source, one = len(state.described), self._describe(routed, state.rows)
-        units, z_TR = self.units[source], state.z_2TR[source % 2]
-        z_TR[:] = units.shift_R
+        source, sketch = len(state.described), self.units[len(state.described)].sketch
+        state.described.append(self._describe(routed, state.rows))
+        if sketch is None:
+            return
+        state.z_TR, last_TR = np.repeat(sketch.shift_R[None], len(state.z_TR), axis=0), state.z_TR
         if source:
-            product(SKETCH, SKETCH)(state.z_2TR[1 - source % 2], units.turn_RR, z_TR)
-        self._add(one, units.map_XR, z_TR)
-        measured(z_TR, units.step, MOST, state.z_TQ)
-        search = state.z_TQ, units.unit_UQ, state.found_2TN[0], state.far_2TN[0]
+            product(SKETCH, SKETCH)(last_TR, sketch.turn_RR, state.z_TR)
+        for one, map_XR in zip(state.described[-len(sketch.map_JXR) :], sketch.map_JXR, strict=True):
+            self._add(one, map_XR, state.z_TR)
+        measured(state.z_TR, sketch.step, MOST, state.z_TQ)
+        search = state.z_TQ, sketch.unit_UQ, state.found_2TN[0], state.far_2TN[0]
         if source < len(self.orders):
             if source:
-                followed(units.near_UN, *search, 0)
-            started(self.orders[source].next_to(one.ids[state.rows]), *search)
-        followed(units.near_UN, *search, FOLLOWED[min(source, len(FOLLOWED) - 1)])
+                followed(sketch.near_UN, *search, 0)
+            started(self.orders[source].next_to(routed.ids[state.rows]), *search)
+        followed(sketch.near_UN, *search, FOLLOWED[min(source, len(FOLLOWED) - 1)])
+        state.narrow = sketch.narrow, state.narrow[1]
         if source <= EARLY:
             state.found_2TN[1], state.far_2TN[1] = state.found_2TN[0], state.far_2TN[0]
-        state.described.append(one)
+            state.narrow = sketch.narrow, sketch.narrow
 
     def _scores(self, state: State, at: int) -> Half:
         """[T, E] about the probability that the expert is chosen, `at` + 1 layers after the last that was read."""
+        from moesim.predictors.neighbours_kernels import mixed
+
+        score_TE, units = self._linear(state, at), self.units[len(state.described) - 1]
+        near = zip(state.found_2TN, state.far_2TN, state.narrow, units.gain_DJB[at], strict=True)
+        for found_TN, far_TN, narrow, gain_B in near:
+            mixed(found_TN, far_TN, narrow, gain_B, units.residual_DUE[at], np.float32(STEP), score_TE)
+        return score_TE
+
+    def _linear(self, state: State, at: int) -> Half:
+        """[T, E] that without what the neighbours say."""
         from moesim.predictors.kernels import product
-        from moesim.predictors.neighbours_kernels import mixed, shared
+        from moesim.predictors.neighbours_kernels import shared
 
         source, one = len(state.described) - 1, state.described[-1]
         units, T = self.units[source], len(one.row_T)
-        read_FE, residual_UE, step = units.read_DFE[at], units.residual_DUE[at], np.float32(STEP)
+        read_FE = units.read_DFE[at]
         score_TE = np.repeat(units.usual_DE[at][None], T, axis=0)
-        product(SKETCH, self.E)(state.z_2TR[source % 2], read_FE[:SKETCH], score_TE)
+        product(SKETCH, self.E)(state.z_TR, read_FE[:SKETCH], score_TE)
         read = [*state.described[-RECENT:], state.context.before(one, source)]
         for each, map_XE in zip(read, read_FE[SKETCH : -self.E].reshape(len(read), -1, self.E), strict=True):
             self._add(each, map_XE, score_TE)
         shared(one.ids, *state.context.begun(source), read_FE[-self.E :], state.rows.start, score_TE)
-        narrow = units.narrow, self.units[min(source, EARLY)].narrow
-        for found_TN, far_TN, by, gain_B in zip(
-            state.found_2TN, state.far_2TN, narrow, units.gain_DJB[at], strict=True
-        ):
-            mixed(found_TN, far_TN, by, gain_B, residual_UE, step, score_TE)
         return score_TE
 
     def _add(self, one: Described, map_XR: Half, to_TR: Half) -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from moesim.predictors.described import Half
 
-SKETCH, MEASURED = 128, 64
-NEIGHBOURS, LISTED = 16, 8
+SKETCH, MEASURED = 96, 64
+NEIGHBOURS, LISTED = 12, 8
 """Of a token; of a unit, which the search goes along."""
 AHEAD, FADING = 12, 0.85
 """Layers that a sketch must tell of, and the weight of each beside the one before it."""
@@ -31,17 +31,25 @@ STEP = 0.01
 """Residuals are kept in steps of this."""
 RECENT, EARLY = 4, 3
 """So many last layers are read as they are; under that layer, neighbours are found that are kept to the end."""
+EVERY = 2
+"""So many layers from there on share a sketch, at most RECENT; the last ones are read anyway."""
 Near = tuple[NDArray[np.int32], NDArray[np.int32], np.float32]
 """[U, K] neighbours, their distances, and the factor on these."""
 
 
+def renews(source: int) -> bool:
+    """Whether the sketch and the neighbours are other ones once `source` has routed."""
+    return source <= EARLY or (source - EARLY) % EVERY == 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Units:
-    """All units after one more layer."""
+class Sketch:
+    """What becomes of a sketch under some layer, and those of all units."""
 
     turn_RR: Half
     """From the sketch before to this one; [0, R] of the first layer."""
-    map_XR: Half
+    map_JXR: Half
+    """Of the layers since the sketch before, this one included."""
     shift_R: Half
     step: np.float32
     unit_UQ: NDArray[np.int8]
@@ -49,17 +57,36 @@ class Units:
     near_UN: NDArray[np.int32]
     narrow: np.float32
     """On squared distances in steps."""
+
+    def size(self) -> int:
+        """Numbers in it."""
+        return _size(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """What is read after one more layer."""
+
+    sketch: Sketch | None
+    """Where it is renewed."""
     read_DFE: Half
     """[D, R + J X + V, E] from the sketch, the last J layers, and V numbers of the request."""
     usual_DE: Half
     residual_DUE: NDArray[np.int8]
     """What is read off the residuals, which is as linear as what they are of."""
+    read_DEE: Half
+    """By what it is read off them, in steps."""
     gain_DJB: Half
     """Of the neighbours now and early."""
 
     def size(self) -> int:
         """Numbers in it."""
-        return sum(np.size(getattr(self, one.name)) for one in fields(self))
+        return _size(self) + (self.sketch.size() if self.sketch else 0)
+
+
+def _size(parts: Any) -> int:
+    values = [getattr(parts, one.name) for one in fields(parts)]
+    return sum(value.size for value in values if isinstance(value, np.ndarray))
 
 
 @dataclass(slots=True)
@@ -71,6 +98,9 @@ class Fitting:
     ahead: int
     _z_UR: Half = field(init=False)
     _x: list[Half] = field(default_factory=list)
+    _sketched: int = -1
+    """The layer under which the sketch was renewed last."""
+    _now: Near = field(init=False)
     _early: Near = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,40 +109,47 @@ class Fitting:
     def layer(self, source: int, x_UX: Half, beside_UV: Half, checked: slice) -> tuple[Units, list[Half]]:
         """The units once `source` has routed, described by `x_UX`, and their requests by `beside_UV`; and for each
         distance what would be said of the `checked` units if they were none, for calibration."""
-        f_UF = np.concatenate([self._z_UR, x_UX], axis=1)
+        self._x = [*self._x, x_UX][-RECENT:]
+        sketch = self._renewed(source) if renews(source) else None
+        self._early = self._now if source <= EARLY else self._early
+        read_UF = np.concatenate([self._z_UR, *self._x, beside_UV], axis=1)
+        told = [self._read(read_UF, self._now, layer, checked) for layer in self._targets(source)]
+        units = Units(
+            sketch=sketch,
+            read_DFE=np.stack([one.read_FE for one in told]),
+            usual_DE=np.stack([one.usual_E for one in told]),
+            residual_DUE=np.stack([one.residual_UE for one in told]),
+            read_DEE=np.stack([one.read_EE for one in told]),
+            gain_DJB=np.stack([one.gain_JB for one in told]),
+        )
+        return units, [one.score_TE for one in told]
+
+    def _renewed(self, source: int) -> Sketch:
+        new, carried = source - self._sketched, self._z_UR.shape[1]
+        f_UF = np.concatenate([self._z_UR, *self._x[-new:]], axis=1)
         mean_F = f_UF.mean(axis=0)
-        map_FR = self._sketched(source, f_UF - mean_F)
-        carried = self._z_UR.shape[1]
-        z_UR = self._z_UR = f_UF @ map_FR - mean_F @ map_FR
-        measured_UQ = z_UR[:, :MEASURED]
+        map_FR = self._directions(source, f_UF - mean_F)
+        self._z_UR, self._sketched = f_UF @ map_FR - mean_F @ map_FR, source
+        measured_UQ = self._z_UR[:, :MEASURED]
         step = np.float32(max(np.abs(measured_UQ).max(), 1e-6) / 127)
         unit_UQ = np.round(measured_UQ / step).astype(np.int8)
         narrow = np.float32(NARROWNESS * step**2 / max(measured_UQ.var(axis=0).sum(), 1e-6))
         found_UK, far_UK = _closest(unit_UQ, self.request_U)
-        now = found_UK, far_UK, narrow
-        self._early = now if source <= EARLY else self._early
-        self._x = [*self._x, x_UX][-RECENT:]
-        read_UF = np.concatenate([z_UR, *self._x, beside_UV], axis=1)
-        told = [self._read(read_UF, now, layer, checked) for layer in self._targets(source)]
-        units = Units(
+        self._now = found_UK, far_UK, narrow
+        return Sketch(
             turn_RR=map_FR[:carried],
-            map_XR=np.ascontiguousarray(map_FR[carried:]),
+            map_JXR=np.ascontiguousarray(map_FR[carried:].reshape(new, -1, SKETCH)),
             shift_R=-mean_F @ map_FR,
             step=step,
             unit_UQ=unit_UQ,
             near_UN=np.ascontiguousarray(found_UK[:, :LISTED]),
             narrow=narrow,
-            read_DFE=np.stack([one.read_FE for one in told]),
-            usual_DE=np.stack([one.usual_E for one in told]),
-            residual_DUE=np.stack([one.residual_UE for one in told]),
-            gain_DJB=np.stack([one.gain_JB for one in told]),
         )
-        return units, [one.score_TE for one in told]
 
     def _targets(self, source: int) -> range:
         return range(source + 1, min(source + 1 + self.ahead, self.chosen_ULE.shape[1]))
 
-    def _sketched(self, source: int, f_UF: Half) -> Half:
+    def _directions(self, source: int, f_UF: Half) -> Half:
         """[F, R] reduced-rank regression on what the next layers choose: the directions that tell most of it, the first
         most, of equal variance but for the penalty."""
         layers = range(source + 1, min(source + 1 + AHEAD, self.chosen_ULE.shape[1]))
@@ -160,9 +197,10 @@ class Fitting:
         left_TE = y_TE - (y_TE - f_TF @ read_FE) / (1 - _leverage(f_TF, inverse_FF)) + usual_E
         usual_E -= mean_F @ read_FE
         # What is read off the neighbours' residuals is the sum of what is read off each.
-        read_FE, mixed_EE = np.split(read_FE, [-len(usual_E)])
-        residual_UE = np.round(residual_UE @ (LOUD * mixed_EE)).clip(-127, 127).astype(np.int8)
-        return Told(np.ascontiguousarray(read_FE), usual_E, residual_UE, gain_JB, left_TE)
+        read_FE, read_EE = np.split(read_FE, [-len(usual_E)])
+        read_EE *= LOUD / STEP
+        residual_UE = kept(STEP * residual_UE, read_EE)
+        return Told(np.ascontiguousarray(read_FE), usual_E, residual_UE, read_EE, gain_JB, left_TE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +210,14 @@ class Told:
     read_FE: Half
     usual_E: Half
     residual_UE: NDArray[np.int8]
+    read_EE: Half
     gain_JB: Half
     score_TE: Half
+
+
+def kept(error_UE: Half, read_EE: Half) -> NDArray[np.int8]:
+    """What a unit keeps of what no linear map said."""
+    return np.asarray(np.round(error_UE @ read_EE).clip(-127, 127), np.int8)
 
 
 def _centred(chosen_UE: NDArray[np.bool_]) -> Half:

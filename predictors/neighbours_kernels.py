@@ -14,13 +14,18 @@ import numpy as np
 
 from moesim.predictors.kernels import _exp
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
-from moesim.traces.compiled import compiled
+from moesim.traces.compiled import compiled, prefetch
 
 BANDWIDTHS = 4
 """B: each half as wide as the one before."""
 SOFT = (0.2, 0.1, 0.05, 0.02)
 """Added to the sum of the weights, by bandwidth: who has no near neighbour hears little of them."""
-K, Q = NEIGHBOURS, MEASURED
+K, Q = 12, 64  # written out, as machine code is kept for as long as this file is the same
+assert (K, Q) == (NEIGHBOURS, MEASURED), "both are compiled in"
+BLOCK, SOON = 8, 4
+"""Tokens that are searched for together, and how many earlier what is read of a unit is asked for: memory takes longer
+than what is done with it."""
+LINKED = 4
 PLACES = np.int32(16)
 """Room for a place in a key, at least K."""
 
@@ -40,13 +45,7 @@ def started(candidate_TC: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: A
     for t in range(len(candidate_TC)):
         for k in range(K):
             key_K[k] = far_TK[t, k] * PLACES + np.int32(k)
-        high = _highest(key_K)
-        for unit in candidate_TC[t]:
-            key = np.int32(_distance(z_TQ[t], unit_UQ[unit]) * PLACES)
-            if key < high and not _there(unit, found_TK[t]):
-                at = high % PLACES
-                found_TK[t, at], key_K[at] = unit, key + at
-                high = _highest(key_K)
+        _join(candidate_TC[t], z_TQ[t], unit_UQ, found_TK[t], key_K)
         for k in range(K):
             far_TK[t, k] = key_K[k] // PLACES
 
@@ -54,28 +53,50 @@ def started(candidate_TC: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: A
 @compiled(fastmath=True, error_model="numpy")
 def followed(near_UN: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: Any, best: int) -> None:
     """What was found under earlier layers, measured anew; then the neighbours of the `best` nearest join."""
-    key_K, from_K = np.empty(K, np.int32), np.empty(K, np.int32)
-    for t in range(len(found_TK)):
-        z_Q, found_K, far_K = z_TQ[t], found_TK[t], far_TK[t]
-        for k in range(K):
-            distance = _distance(z_Q, unit_UQ[found_K[k]]) if found_K[k] >= 0 else FAR
-            key_K[k] = distance * PLACES + np.int32(k)
-        last = np.int32(-1)
-        for n in range(best):
-            low = FAR * PLACES
+    key_BK, from_BK = np.empty((BLOCK, K), np.int32), np.empty((BLOCK, K), np.int32)
+    for begin in range(0, len(found_TK), BLOCK):
+        block = range(begin, min(begin + BLOCK, len(found_TK)))
+        for t in block:
             for k in range(K):
-                low = min(low, key_K[k] if key_K[k] > last else low)
-            from_K[n], last = found_K[low % PLACES], low
-        high = _highest(key_K)
-        for n in range(best):
-            for unit in near_UN[from_K[n]]:
-                key = np.int32(_distance(z_Q, unit_UQ[unit]) * PLACES)
-                if key < high and not _there(unit, found_K):
-                    at = high % PLACES
-                    found_K[at], key_K[at] = unit, key + at
-                    high = _highest(key_K)
+                prefetch(unit_UQ[found_TK[t, k]])
+        for t in block:
+            key_K, from_N = key_BK[t - begin], from_BK[t - begin, :best]
+            _measure(z_TQ[t], unit_UQ, found_TK[t], key_K)
+            _nearest(key_K, found_TK[t], from_N)
+            for unit in from_N:
+                prefetch(near_UN[unit])
+        for t in block:
+            for unit in from_BK[t - begin, :best]:
+                for near in near_UN[unit]:
+                    prefetch(unit_UQ[near])
+        for t in block:
+            key_K = key_BK[t - begin]
+            for unit in from_BK[t - begin, :best]:
+                _join(near_UN[unit], z_TQ[t], unit_UQ, found_TK[t], key_K)
+            for k in range(K):
+                far_TK[t, k] = key_K[k] // PLACES
+
+
+@compiled(fastmath=True, error_model="numpy")
+def settled(place_T: Any, z_TQ: Any, found_TK: Any, far_TK: Any, unit_UQ: Any, near_UN: Any) -> None:
+    """Tokens become units, at these places: the nearest found are their neighbours, and they are those of the LINKED
+    nearest, in the place of the farthest, where they are nearer."""
+    key_K, N = np.empty(K, np.int32), near_UN.shape[1]
+    for t in range(len(place_T)):
+        place, near_N = place_T[t], near_UN[place_T[t]]
+        for q in range(Q):
+            unit_UQ[place, q] = np.int8(min(max(z_TQ[t, q], -127), 127))
         for k in range(K):
-            far_K[k] = key_K[k] // PLACES
+            key_K[k] = far_TK[t, k] * PLACES + np.int32(k)
+        _nearest(key_K, found_TK[t], near_N)
+        for n in range(N):
+            near_N[n] = near_N[n] if near_N[n] >= 0 else place
+        for unit in near_N[:LINKED]:
+            high = np.int32(-1)
+            for n in range(N):
+                high = max(high, _distance(unit_UQ[unit], unit_UQ[near_UN[unit, n]]) * PLACES + np.int32(n))
+            if _distance(unit_UQ[unit], unit_UQ[place]) < high // PLACES and unit != place:
+                near_UN[unit, high % PLACES] = place
 
 
 @compiled(fastmath=True, error_model="numpy")
@@ -99,7 +120,12 @@ def mixed(found_TK: Any, far_TK: Any, narrow: Any, gain_B: Any, residual_UE: Any
     """told[t] += the neighbours' residuals, weighed in each bandwidth by its gain and by
     exp(-2^b narrow far) over the sum of these."""
     weight_K, power_K, soft_B = np.empty(K, np.float32), np.empty(K, np.float32), np.array(SOFT, np.float32)
+    for t in range(min(SOON, len(found_TK))):
+        for k in range(K):
+            prefetch(residual_UE[found_TK[t, k]])
     for t in range(len(found_TK)):
+        for k in range(K if t + SOON < len(found_TK) else 0):
+            prefetch(residual_UE[found_TK[t + SOON, k]])
         for k in range(K):
             power_K[k] = _exp(-narrow * np.float32(far_TK[t, k]))
             weight_K[k] = np.float32(0)
@@ -128,6 +154,36 @@ def _distance(z_Q: Any, unit_Q: Any) -> Any:
         apart = np.int32(np.int16(z_Q[q] - np.int16(unit_Q[q])))
         total = np.int32(total + np.int32(apart * apart))
     return total
+
+
+@compiled(fastmath=True, inline="always")
+def _measure(z_Q: Any, unit_UQ: Any, found_K: Any, key_K: Any) -> None:
+    for k in range(K):
+        distance = _distance(z_Q, unit_UQ[found_K[k]]) if found_K[k] >= 0 else FAR
+        key_K[k] = distance * PLACES + np.int32(k)
+
+
+@compiled(fastmath=True, inline="always")
+def _nearest(key_K: Any, found_K: Any, unit_N: Any) -> None:
+    """The N nearest of those found, the nearest first."""
+    last = np.int32(-1)
+    for n in range(len(unit_N)):
+        low = FAR * PLACES
+        for k in range(K):
+            low = min(low, key_K[k] if key_K[k] > last else low)
+        unit_N[n], last = found_K[low % PLACES], low
+
+
+@compiled(fastmath=True, inline="always")
+def _join(candidate_C: Any, z_Q: Any, unit_UQ: Any, found_K: Any, key_K: Any) -> None:
+    """Who is nearer than the farthest of those found takes its place."""
+    high = _highest(key_K)
+    for unit in candidate_C:
+        key = np.int32(_distance(z_Q, unit_UQ[unit]) * PLACES)
+        if key < high and not _there(unit, found_K):
+            at = high % PLACES
+            found_K[at], key_K[at] = unit, key + at
+            high = _highest(key_K)
 
 
 @compiled(fastmath=True, inline="always")
