@@ -223,9 +223,16 @@ class Order:
     @classmethod
     def of(cls, ids_UK: NDArray[np.integer], experts: int) -> Order:
         """Of the units' choices in one layer."""
-        word_U = words(ids_UK, experts)
-        unit_U = np.argsort(word_U, kind="stable")
-        return cls(unit_U.astype(np.int32), word_U[unit_U], experts)
+        none = cls(np.empty(0, np.int32), np.empty(0, np.int64), experts)
+        return none.joined(np.arange(len(ids_UK)), ids_UK)
+
+    def joined(self, unit_T: NDArray[np.intp], ids_TK: NDArray[np.integer]) -> Order:
+        """With these units, who are no longer where they were before; of those that chose alike they come first."""
+        stays_U = ~np.isin(self.unit_U, unit_T)
+        unit_U = np.append(unit_T.astype(np.int32), self.unit_U[stays_U])
+        word_U = np.append(words(ids_TK, self.experts), self.word_U[stays_U])
+        order_U = np.argsort(word_U, kind="stable")
+        return Order(unit_U[order_U], word_U[order_U], self.experts)
 
     def next_to(self, ids_TK: NDArray[np.integer]) -> NDArray[np.int32]:
         """[T, W] those around each token."""

@@ -48,6 +48,8 @@ class OnlineNeighbours(Neighbours):
         for source, routed in enumerate(seen.routed[: self.L - 1] if T else []):
             self._follow(state, routed)
             units = self.units[source]
+            if source < len(self.orders):
+                self.orders[source] = self.orders[source].joined(place_T, routed.ids[rows])
             if units.sketch:
                 self._settle(units.sketch, state, place_T)
             for at, residual_UE in enumerate(units.residual_DUE):
