@@ -62,16 +62,18 @@ class Context:
             if found is not None and found.position + 1 == int(self.tokens.position[row]):
                 self._known.append((number, row, found))
 
+    @property
+    def spare(self) -> int:
+        """Rows that `before` needs behind those of a layer's tokens."""
+        return len(self._known)
+
     def before(self, one: Described, source: int) -> Described:
-        """What the tokens before those in `one` have routed: nothing before a request's first token."""
-        if not self._known:
-            return replace(one, row_T=self._before_T[one.row_T])
-        before_T = self._before_T.copy()
-        before_T[[row for _, row, _ in self._known]] = len(one.ids) + np.arange(len(self._known))
-        last = zip(*(found.last_S[source] for _, _, found in self._known), strict=True)
-        own = one.ids, one.values_NKC, one.own_N
-        ids, values_NKC, own_N = (np.concatenate([mine, np.stack(more)]) for mine, more in zip(own, last, strict=True))
-        return Described(ids=ids, values_NKC=values_NKC, own_N=own_N, row_T=before_T[one.row_T])
+        """What the tokens before have routed: nothing before a request's first token."""
+        T, row_T = len(self.tokens), self._before_T.copy()
+        for number, (_, row, found) in enumerate(self._known, T):
+            one.ids[number], one.values_NKC[number], one.own_N[number] = found.last_S[source]
+            row_T[row] = number
+        return replace(one, row_T=row_T)
 
     def begun(self, source: int) -> tuple[NDArray[np.intp], Half, Half]:
         """Of each request the row of its first token here, and how often the tokens before it, and how many these are,
@@ -87,7 +89,7 @@ class Context:
         `share_TE`."""
         from moesim.predictors.neighbours_kernels import shares
 
-        shares(ids_TK, *self.begun(source), share_TE)
+        shares(ids_TK[: len(self.tokens)], *self.begun(source), share_TE)
         return share_TE
 
     def remember(self, described: list[Described]) -> None:

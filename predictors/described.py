@@ -15,8 +15,6 @@ from moesim.predictors.base import RoutedLayer
 from moesim.traces import InputError
 
 Half = NDArray[np.float32]
-EVERY = slice(None)
-"""All rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +29,10 @@ class Described:
     row_T: NDArray[np.intp]
     """Which of the N each token reads; below 0 nothing."""
 
+    def read(self, rows: slice) -> tuple[NDArray[np.intp], NDArray[np.integer], Half, Half]:
+        """What these tokens read, as the kernel `linear` takes it."""
+        return self.row_T[rows], self.ids, self.values_NKC, self.own_N
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Describer:
@@ -41,31 +43,35 @@ class Describer:
     top_k: int
     weighted: bool
 
-    def __call__(self, routed: RoutedLayer, rows: slice = EVERY) -> Described:
+    def __call__(self, routed: RoutedLayer, spare: int = 0) -> Described:
         """1 for a chosen expert and, with gate weights, their logarithm and that over the weight of an average expert
-        that was not chosen; the layer's own number is how much weight those have. Of `rows` and the one before them;
-        the numbers of others are not filled in.
+        that was not chosen; the layer's own number is how much weight those have. `spare` rows behind them are empty.
 
         Raises InputError where there have to be gate weights and are none.
         """
-        ids, row_T = np.ascontiguousarray(routed.ids), np.arange(len(routed.ids))[rows]
+        T, K = routed.ids.shape
+        ids, own_N = np.empty((T + spare, K), routed.ids.dtype), np.zeros(T + spare, np.float32)
+        ids[:T] = routed.ids
         if not self.weighted:
-            ones_NKC = np.ones((*ids.shape, 1), np.float32)
-            return Described(ids=ids, values_NKC=ones_NKC, own_N=np.zeros(len(ids), np.float32), row_T=row_T)
+            ones_NKC = np.ones((T + spare, K, 1), np.float32)
+            return Described(ids=ids, values_NKC=ones_NKC, own_N=own_N, row_T=np.arange(T))
         if routed.weights is None:
             raise InputError(f"predictor {self.predictor!r} was fitted with gate weights, and here there are none")
         from moesim.predictors.kernels import described
 
-        read = slice(max((rows.start or 0) - 1, 0), rows.stop)
-        w_NK = np.ascontiguousarray(routed.weights[read], np.float32)
-        values_NKC, own_N = np.empty((*ids.shape, 3), np.float32), np.empty(len(ids), np.float32)
-        described(w_NK, np.float32(max(self.experts - self.top_k, 1)), values_NKC[read], own_N[read])
-        return Described(ids=ids, values_NKC=values_NKC, own_N=own_N, row_T=row_T)
+        w_TK, values_NKC = routed.weights.astype(np.float32), np.empty((T + spare, K, 3), np.float32)
+        described(w_TK, np.float32(max(self.experts - self.top_k, 1)), values_NKC[:T], own_N[:T])
+        return Described(ids=ids, values_NKC=values_NKC, own_N=own_N, row_T=np.arange(T))
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return 3 * self.experts + 1 if self.weighted else self.experts
 
     def dense(self, one: Described) -> Half:
         """[T, F] the layer's description, zeros written out."""
         T, read_R, C = len(one.row_T), np.flatnonzero(one.row_T >= 0), one.values_NKC.shape[2]
-        row_R, found_TF = one.row_T[read_R], np.zeros((T, self.experts * C + self.weighted), np.float32)
+        row_R, found_TF = one.row_T[read_R], np.zeros((T, self.width), np.float32)
         found_TEC = found_TF[:, : self.experts * C].reshape(T, self.experts, C)
         found_TEC[read_R[:, None], one.ids[row_R].astype(np.int64)] = one.values_NKC[row_R]
         if self.weighted:

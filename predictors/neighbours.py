@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.predictors.base import Cost, Forecast, Need, RoutedLayer, RouterSpec, Seen, learnable, routed_layer
+from moesim.predictors.base import Cost, Forecast, Need, RouterSpec, Seen, learnable, routed_layer
 from moesim.predictors.context import Context, Memory
 from moesim.predictors.counting import Frequency
 from moesim.predictors.described import Described, Describer, Half
@@ -49,23 +49,33 @@ STARTS = 3
 """Layers under which a search begins from these, too."""
 MOST = np.float32(400)
 """Steps that a token's number may be from 0, so that squared distances stay below FAR."""
-FOLLOWED = (4, 3, 1)
+FOLLOWED = (2, 2, 1)
 """How many of the nearest units' neighbours are looked at, by layer; the last holds for the others."""
+
+Beside = tuple[Described, tuple[NDArray[np.integer], NDArray[np.intp], Half, Half]]
+"""What the tokens before have routed; the choices in the last layer, and what `Context.begun` says of the requests."""
 
 
 @dataclass(slots=True, kw_only=True)
-class State:
-    """Of a running step, or of some rows of it; T are these."""
+class Part:
+    """Some rows of a running step; T are these."""
 
     rows: slice
-    context: Context
     z_TR: Half
     z_TQ: NDArray[np.int16]
     found_2TN: NDArray[np.int32]
     far_2TN: NDArray[np.int32]
     """Those near now, and those found under the layer EARLY."""
-    narrow: tuple[np.float32, np.float32] = np.float32(0), np.float32(0)
+    narrow_2: Half
     """On the distances of these and those."""
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """Of a running step."""
+
+    context: Context
+    parts: list[Part]
     described: list[Described] = field(default_factory=list)
 
 
@@ -88,7 +98,8 @@ class Neighbours:
         np.put_along_axis(chosen_ULE, units.topk_ids.astype(np.int64), True, axis=2)
         context = Context(StepTokens(request=units.request, position=units.position), self.E, {})
         self._memory: Memory = {}
-        fitting = Fitting(chosen_ULE, units.request.astype(np.int64), DISTANCES)
+        width = self._describe.width
+        fitting = Fitting(chosen_ULE, units.request.astype(np.int64), DISTANCES, width)
         self.units: list[Units] = []
         self.stack_LD: dict[tuple[int, int], Stack] = {}
         self.orders = [Order.of(units.topk_ids[:, layer], self.E) for layer in range(min(STARTS, self.L - 1))]
@@ -110,16 +121,19 @@ class Neighbours:
         distance = layer - len(seen.routed) + 1
         if queued or not seen.routed or not 1 <= distance <= DISTANCES:
             return self._prior.forecast(seen, layer, queued=queued)
-        states: list[State] = seen.memo.get(self.name) or self._begun(seen.tokens)
-        seen.memo[self.name] = states
+        state: State = seen.memo.get(self.name) or self._begun(seen.tokens)
+        seen.memo[self.name] = state
+        unread = range(len(state.described), len(seen.routed))
+        state.described += [self._describe(seen.routed[source], state.context.spare) for source in unread]
+        beside = self._beside(state.context, state.described)
 
         def opinions(number: int) -> Opinions:
-            state = states[number]
-            for routed in seen.routed[len(state.described) :]:
-                self._follow(state, routed)
-            return self._scores(state, distance - 1)[None]
+            for source in unread:
+                self._follow(state.parts[number], state.described[: source + 1])
+            return self._scores(state.parts[number], state.described, beside, distance - 1)[None]
 
-        return self.stack_LD[layer, distance].forecast(opinions, [state.rows for state in states], self.E, self.K)
+        rows = [part.rows for part in state.parts]
+        return self.stack_LD[layer, distance].forecast(opinions, rows, self.E, self.K)
 
     def observe(self, seen: Seen) -> None:
         """Remember the ends of the step's requests."""
@@ -136,80 +150,73 @@ class Neighbours:
         searched = (NEIGHBOURS + FOLLOWED[-1] * LISTED) * MEASURED + 2 * NEIGHBOURS * E
         return Cost(flops=2.0 * (dense + sparse + searched), parameters=sum(units.size() for units in self.units))
 
-    def _begun(self, tokens: StepTokens) -> list[State]:
+    def _begun(self, tokens: StepTokens) -> State:
         from moesim.predictors.halves import halves
 
         context = Context(tokens, self.E, self._memory)
-        return [self._begun_rows(context, rows) for rows in halves(len(tokens))]
+        return State(context=context, parts=[self._part(rows) for rows in halves(len(tokens))])
 
-    def _begun_rows(self, context: Context, rows: slice) -> State:
+    def _part(self, rows: slice) -> Part:
         T = rows.stop - rows.start
-        return State(
+        return Part(
             rows=rows,
-            context=context,
             z_TR=np.empty((T, SKETCH), np.float32),
             z_TQ=np.empty((T, MEASURED), np.int16),
             found_2TN=np.full((2, T, NEIGHBOURS), -1, np.int32),
             far_2TN=np.full((2, T, NEIGHBOURS), FAR),
+            narrow_2=np.empty(2, np.float32),
         )
 
-    def _follow(self, state: State, routed: RoutedLayer) -> None:
-        """The sketches after one more layer, and the units that are nearest now."""
-        from moesim.predictors.kernels import product
-        from moesim.predictors.neighbours_kernels import followed, measured, started
+    def _beside(self, context: Context, described: list[Described]) -> Beside:
+        source, last = len(described) - 1, described[-1]
+        return context.before(last, source), (last.ids, *context.begun(source))
 
-        source, sketch = len(state.described), self.units[len(state.described)].sketch
-        state.described.append(self._describe(routed, state.rows))
-        if sketch is None:
+    def _follow(self, part: Part, described: list[Described]) -> None:
+        """The sketches after one more layer, and the units that are nearest now."""
+        from moesim.predictors.neighbours_kernels import followed, sketcher, started
+
+        source, last = len(described) - 1, described[-1]
+        if (sketch := self.units[source].sketch) is None:
             return
-        state.z_TR, last_TR = np.repeat(sketch.shift_R[None], len(state.z_TR), axis=0), state.z_TR
-        if source:
-            product(SKETCH, SKETCH)(last_TR, sketch.turn_RR, state.z_TR)
-        for one, map_XR in zip(state.described[-len(sketch.map_JXR) :], sketch.map_JXR, strict=True):
-            self._add(one, map_XR, state.z_TR)
-        measured(state.z_TR, sketch.step, MOST, state.z_TQ)
-        search = state.z_TQ, sketch.unit_UQ, state.found_2TN[0], state.far_2TN[0]
+        last_TR, part.z_TR = part.z_TR, np.empty_like(part.z_TR)
+        layers = tuple(one.read(part.rows) for one in described[-len(sketch.map_JXR) :])
+        turned = sketch.turn_RR, sketch.map_JXR, sketch.shift_R
+        make = sketcher(self.E, last.values_NKC.shape[2])
+        make(last_TR, layers, turned, sketch.step, MOST, part.z_TR, part.z_TQ)
+        search = part.z_TQ, sketch.unit_UQ, part.found_2TN[0], part.far_2TN[0]
         if source < len(self.orders):
             if source:
                 followed(sketch.near_UN, *search, 0)
-            started(self.orders[source].next_to(routed.ids[state.rows]), *search)
+            started(self.orders[source].next_to(last.ids[last.row_T[part.rows]]), *search)
         followed(sketch.near_UN, *search, FOLLOWED[min(source, len(FOLLOWED) - 1)])
-        state.narrow = sketch.narrow, state.narrow[1]
+        part.narrow_2[0] = sketch.narrow
         if source <= EARLY:
-            state.found_2TN[1], state.far_2TN[1] = state.found_2TN[0], state.far_2TN[0]
-            state.narrow = sketch.narrow, sketch.narrow
+            for kept_2 in (part.found_2TN, part.far_2TN, part.narrow_2):
+                kept_2[1] = kept_2[0]
 
-    def _scores(self, state: State, at: int) -> Half:
-        """[T, E] about the probability that the expert is chosen, `at` + 1 layers after the last that was read."""
-        from moesim.predictors.neighbours_kernels import mixed
+    def _scores(self, part: Part, described: list[Described], beside: Beside, at: int, *, near: bool = True) -> Half:
+        """[T, E] about the probability that the expert is chosen, `at` + 1 layers after the last that was read; without
+        what the neighbours say where they are not `near`."""
+        from moesim.predictors.neighbours_kernels import reader
 
-        score_TE, units = self._linear(state, at), self.units[len(state.described) - 1]
-        near = zip(state.found_2TN, state.far_2TN, state.narrow, units.gain_DJB[at], strict=True)
-        for found_TN, far_TN, narrow, gain_B in near:
-            mixed(found_TN, far_TN, narrow, gain_B, units.residual_DUE[at], np.float32(STEP), score_TE)
+        units, (before, begun) = self.units[len(described) - 1], beside
+        row_T, *last = described[-1].read(part.rows)
+        nothing = (np.full_like(row_T, -1), *last)
+        layers = [nothing] * (RECENT - len(described)) + [one.read(part.rows) for one in described[-RECENT:]]
+        gain_JB, score_TE = units.gain_DJB[at], np.empty((len(row_T), self.E), np.float32)
+        told = part.found_2TN, part.far_2TN, part.narrow_2, gain_JB[: len(gain_JB) * near]
+        residuals = units.residual_DUE[at], np.float32(STEP)
+        reader(self.E, last[1].shape[2])(
+            units.usual_DE[at],
+            part.z_TR,
+            (*layers, before.read(part.rows)),
+            begun,
+            part.rows.start,
+            units.read_DFE[at],
+            (*told, *residuals),
+            score_TE,
+        )
         return score_TE
-
-    def _linear(self, state: State, at: int) -> Half:
-        """[T, E] that without what the neighbours say."""
-        from moesim.predictors.kernels import product
-        from moesim.predictors.neighbours_kernels import shared
-
-        source, one = len(state.described) - 1, state.described[-1]
-        units, T = self.units[source], len(one.row_T)
-        read_FE = units.read_DFE[at]
-        score_TE = np.repeat(units.usual_DE[at][None], T, axis=0)
-        product(SKETCH, self.E)(state.z_TR, read_FE[:SKETCH], score_TE)
-        read = [*state.described[-RECENT:], state.context.before(one, source)]
-        for each, map_XE in zip(read, read_FE[SKETCH : -self.E].reshape(len(read), -1, self.E), strict=True):
-            self._add(each, map_XE, score_TE)
-        shared(one.ids, *state.context.begun(source), read_FE[-self.E :], state.rows.start, score_TE)
-        return score_TE
-
-    def _add(self, one: Described, map_XR: Half, to_TR: Half) -> None:
-        from moesim.predictors.kernels import linear
-
-        add = linear(self.E, one.values_NKC.shape[2], to_TR.shape[1])
-        add(one.row_T, one.ids, one.values_NKC, one.own_N, map_XR, to_TR)
 
 
 @dataclass(frozen=True, slots=True)

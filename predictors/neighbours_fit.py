@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from moesim.predictors.described import Half
 
-SKETCH, MEASURED = 96, 64
-NEIGHBOURS, LISTED = 12, 8
+SKETCH, MEASURED = 64, 64
+NEIGHBOURS, LISTED = 8, 8
 """Of a token; of a unit, which the search goes along."""
 AHEAD, FADING = 12, 0.85
 """Layers that a sketch must tell of, and the weight of each beside the one before it."""
@@ -31,7 +31,7 @@ STEP = 0.01
 """Residuals are kept in steps of this."""
 RECENT, EARLY = 4, 3
 """So many last layers are read as they are; under that layer, neighbours are found that are kept to the end."""
-EVERY = 2
+EVERY = 4
 """So many layers from there on share a sketch, at most RECENT; the last ones are read anyway."""
 Near = tuple[NDArray[np.int32], NDArray[np.int32], np.float32]
 """[U, K] neighbours, their distances, and the factor on these."""
@@ -96,8 +96,11 @@ class Fitting:
     chosen_ULE: NDArray[np.bool_]
     request_U: NDArray[np.int64]
     ahead: int
+    width: int
+    """X."""
     _z_UR: Half = field(init=False)
-    _x: list[Half] = field(default_factory=list)
+    _x: list[Half] = field(init=False)
+    """The last layers; nothing before the first one."""
     _sketched: int = -1
     """The layer under which the sketch was renewed last."""
     _now: Near = field(init=False)
@@ -105,11 +108,12 @@ class Fitting:
 
     def __post_init__(self) -> None:
         self._z_UR = np.zeros((len(self.chosen_ULE), 0), np.float32)
+        self._x = [np.zeros((len(self.chosen_ULE), self.width), np.float32)] * RECENT
 
     def layer(self, source: int, x_UX: Half, beside_UV: Half, checked: slice) -> tuple[Units, list[Half]]:
         """The units once `source` has routed, described by `x_UX`, and their requests by `beside_UV`; and for each
         distance what would be said of the `checked` units if they were none, for calibration."""
-        self._x = [*self._x, x_UX][-RECENT:]
+        self._x = [*self._x[1:], x_UX]
         sketch = self._renewed(source) if renews(source) else None
         self._early = self._now if source <= EARLY else self._early
         read_UF = np.concatenate([self._z_UR, *self._x, beside_UV], axis=1)

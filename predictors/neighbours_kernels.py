@@ -8,19 +8,20 @@ token, E experts, B bandwidths.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from moesim.predictors.kernels import _exp
-from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
+from moesim.predictors.kernels import _exp, linear, product
+from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS, SKETCH
 from moesim.traces.compiled import compiled, prefetch
 
 BANDWIDTHS = 4
 """B: each half as wide as the one before."""
 SOFT = (0.2, 0.1, 0.05, 0.02)
 """Added to the sum of the weights, by bandwidth: who has no near neighbour hears little of them."""
-K, Q = 12, 64  # written out, as machine code is kept for as long as this file is the same
+K, Q = 8, 64  # written out, as machine code is kept for as long as this file is the same
 assert (K, Q) == (NEIGHBOURS, MEASURED), "both are compiled in"
 BLOCK, SOON = 8, 4
 """Tokens that are searched for together, and how many earlier what is read of a unit is asked for: memory takes longer
@@ -43,6 +44,8 @@ def started(candidate_TC: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: A
     """The nearest of each token's candidates join those found; a distance FAR is of nobody."""
     key_K = np.empty(K, np.int32)
     for t in range(len(candidate_TC)):
+        for unit in candidate_TC[min(t + 1, len(candidate_TC) - 1)]:
+            prefetch(unit_UQ[unit])
         for k in range(K):
             key_K[k] = far_TK[t, k] * PLACES + np.int32(k)
         _join(candidate_TC[t], z_TQ[t], unit_UQ, found_TK[t], key_K)
@@ -239,3 +242,51 @@ def shared(ids_TK: Any, first_R: Any, count_RE: Any, tokens_R: Any, map_EE: Any,
                 share = np.float32(1) / (tokens_R[r] + np.float32(t - first + 1))
                 for e in range(E):
                     told_TE[t - begin, e] += share * row_E[e]
+
+
+@cache
+def sketcher(experts: int, numbers: int) -> Any:
+    """For E = `experts` and C = `numbers`; all in one, as `reader`."""
+    multiply, add = product(SKETCH, SKETCH), linear(experts, numbers, SKETCH)
+
+    @compiled(fastmath=True, error_model="numpy")
+    def sketch(last_TR: Any, layers: Any, turned: Any, step: Any, most: Any, z_TR: Any, z_TQ: Any) -> None:
+        """The sketches after `layers`, tuples as `linear` takes them, and their first numbers in steps; `last_TR` are
+        those before, and `turned` is turn_RR, map_JXR and shift_R."""
+        turn_RR, map_JXR, shift_R = turned
+        z_TR[:] = shift_R
+        if len(turn_RR):
+            multiply(last_TR, turn_RR, z_TR)
+        for j in range(len(layers)):
+            row_T, ids_NK, values_NKC, own_N = layers[j]
+            add(row_T, ids_NK, values_NKC, own_N, map_JXR[j], z_TR)
+        measured(z_TR, step, most, z_TQ)
+
+    return sketch
+
+
+@cache
+def reader(experts: int, numbers: int) -> Any:
+    """For E = `experts` and C = `numbers`, all in one: a thread that comes back to Python in between may have to wait
+    there for the other one."""
+    multiply, add = product(SKETCH, experts), linear(experts, numbers)
+
+    @compiled(fastmath=True, error_model="numpy")
+    def read(
+        usual_E: Any, z_TR: Any, layers: Any, begun: Any, begin: int, map_FE: Any, near: Any, told_TE: Any
+    ) -> None:
+        """What is said of the tokens from the row `begin` on. `layers` are tuples as `linear` takes them, `begun` the
+        ids of the last layer and what `shared` takes beside them, `near` what `mixed` takes, several times."""
+        told_TE[:] = usual_E
+        multiply(z_TR, map_FE[:SKETCH], told_TE)
+        X = (len(map_FE) - SKETCH - experts) // len(layers)
+        for j in range(len(layers)):
+            row_T, ids_NK, values_NKC, own_N = layers[j]
+            add(row_T, ids_NK, values_NKC, own_N, map_FE[SKETCH + j * X : SKETCH + (j + 1) * X], told_TE)
+        ids_TK, first_R, count_RE, tokens_R = begun
+        shared(ids_TK, first_R, count_RE, tokens_R, map_FE[len(map_FE) - experts :], begin, told_TE)
+        found_JTN, far_JTN, narrow_J, gain_JB, residual_UE, step = near
+        for j in range(len(gain_JB)):
+            mixed(found_JTN[j], far_JTN[j], narrow_J[j], gain_JB[j], residual_UE, step, told_TE)
+
+    return read

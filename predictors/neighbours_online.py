@@ -10,7 +10,6 @@ tokens, U units, E experts.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,28 +38,28 @@ class OnlineNeighbours(Neighbours):
 
     def observe(self, seen: Seen) -> None:
         """As the other; and the step's tokens, the last ones of very many, become units."""
-        tokens = seen.tokens
-        T = len(tokens)
-        rows = slice(max(T - ROOM, 0), T)
-        state = self._begun_rows(Context(tokens, self.E, self._memory), rows)
-        place_T = self._fitted + (self._joined + np.arange(T - rows.start)) % ROOM
-        self._joined += len(place_T)
-        for source, routed in enumerate(seen.routed[: self.L - 1] if T else []):
-            self._follow(state, routed)
-            units = self.units[source]
-            if source < len(self.orders):
-                self.orders[source] = self.orders[source].joined(place_T, routed.ids[rows])
-            if units.sketch:
-                self._settle(units.sketch, state, place_T)
-            for at, residual_UE in enumerate(units.residual_DUE):
-                error_TE = self._chosen(seen.routed[source + 1 + at], rows) - self._linear(state, at)
-                residual_UE[place_T] = kept(error_TE, units.read_DEE[at])
-        super().observe(seen)
-
-    def _settle(self, sketch: Any, state: Any, place_T: NDArray[np.intp]) -> None:
         from moesim.predictors.neighbours_kernels import settled
 
-        settled(place_T, state.z_TQ, state.found_2TN[0], state.far_2TN[0], sketch.unit_UQ, sketch.near_UN)
+        T = len(seen.tokens)
+        part = self._part(slice(max(T - ROOM, 0), T))
+        place_T = self._fitted + (self._joined + np.arange(T - part.rows.start)) % ROOM
+        self._joined += len(place_T)
+        context, described = Context(seen.tokens, self.E, self._memory), []
+        for source, routed in enumerate(seen.routed[: self.L - 1] if T else []):
+            described.append(self._describe(routed, context.spare))
+            self._follow(part, described)
+            units = self.units[source]
+            if source < len(self.orders):
+                self.orders[source] = self.orders[source].joined(place_T, routed.ids[part.rows])
+            if units.sketch:
+                graph = units.sketch.unit_UQ, units.sketch.near_UN
+                settled(place_T, part.z_TQ, part.found_2TN[0], part.far_2TN[0], *graph)
+            beside = self._beside(context, described)
+            for at, residual_UE in enumerate(units.residual_DUE):
+                error_TE = self._chosen(seen.routed[source + 1 + at], part.rows)
+                error_TE -= self._scores(part, described, beside, at, near=False)
+                residual_UE[place_T] = kept(error_TE, units.read_DEE[at])
+        super().observe(seen)
 
     def _chosen(self, routed: RoutedLayer, rows: slice) -> NDArray[np.float32]:
         chosen_TE = np.zeros((rows.stop - rows.start, self.E), np.float32)
@@ -72,6 +71,8 @@ def _with_room(units: Units) -> Units:
     """Until there are units in them, nothing leads to these rows."""
     sketch = units.sketch
     if sketch:
-        unit_UQ, near_UN = (np.pad(rows, ((0, ROOM), (0, 0))) for rows in (sketch.unit_UQ, sketch.near_UN))
+        near_UN = np.pad(sketch.near_UN, ((0, ROOM), (0, 0))).astype(np.int32, copy=False)
+        unit_UQ = np.pad(sketch.unit_UQ, ((0, ROOM), (0, 0))).astype(np.int8, copy=False)
         sketch = replace(sketch, unit_UQ=unit_UQ, near_UN=near_UN)
-    return replace(units, sketch=sketch, residual_DUE=np.pad(units.residual_DUE, ((0, 0), (0, ROOM), (0, 0))))
+    residual_DUE = np.pad(units.residual_DUE, ((0, 0), (0, ROOM), (0, 0))).astype(np.int8, copy=False)
+    return replace(units, sketch=sketch, residual_DUE=residual_DUE)

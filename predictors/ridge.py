@@ -27,11 +27,13 @@ from moesim.predictors.base import (
     routed_layer,
 )
 from moesim.predictors.counting import Frequency, TokenTableLookup
-from moesim.predictors.described import EVERY, Described, Describer, Half
+from moesim.predictors.described import Described, Describer, Half
 from moesim.predictors.stack import Opinions, Stack, fit_stack
 from moesim.traces import InputError, LoadTable, StepTokens, TokenTable, step_tokens
 
 DISTANCES = 3
+EVERY = slice(None)
+"""All rows."""
 PENALTY = 20.0
 MOST_FEATURES = 16_384
 """Numbers that all layers together may be described by: the square of it is kept."""
@@ -112,13 +114,13 @@ class Ridge:
         from moesim.predictors.halves import halves  # compiled: only who forecasts pays for it
 
         parts = halves(len(seen.tokens))
-        described_P: list[list[Described]] = seen.memo.setdefault(self.name, [[] for _ in parts])
+        described: list[Described] = seen.memo.setdefault(self.name, [])
+        described += [self._describe(one) for one in seen.routed[len(described) :]]
         word_TE, stack = self._word(seen.tokens, layer), self.stack_LD[layer, distance]
 
         def opinions(number: int) -> Opinions:
-            described, rows = described_P[number], parts[number]
-            described += [self._describe(one, rows) for one in seen.routed[len(described) :]]
-            return self._opinions(self._scores(described, distance), word_TE, rows)
+            rows = parts[number]
+            return self._opinions(self._scores(described, distance, rows), word_TE, rows)
 
         return stack.forecast(opinions, parts, self.E, self.K)
 
@@ -177,14 +179,14 @@ class Ridge:
             by_distance = map_XY.reshape(last + 1, width, -1, self.E).transpose(2, 0, 1, 3)
             self.maps[last] = np.ascontiguousarray(by_distance, dtype=np.float32)
 
-    def _scores(self, described: list[Described], distance: int) -> Half:
-        """[T, E] the linear forecast: about the probability that the expert is chosen."""
+    def _scores(self, described: list[Described], distance: int, rows: slice = EVERY) -> Half:
+        """[T, E] the linear forecast of these rows: about the probability that the expert is chosen."""
         from moesim.predictors.kernels import linear  # compiled: only who forecasts pays for it
 
         last, add = len(described) - 1, linear(self.E, described[0].values_NKC.shape[2])
-        score_TE = np.repeat(self.means[last][distance - 1][None], len(described[0].row_T), axis=0)
+        score_TE = np.repeat(self.means[last][distance - 1][None], len(described[0].row_T[rows]), axis=0)
         for one, map_XE in zip(described, self.maps[last][distance - 1], strict=True):
-            add(one.row_T, one.ids, one.values_NKC, one.own_N, map_XE, score_TE)
+            add(*one.read(rows), map_XE, score_TE)
         return score_TE
 
     def _opinions(self, score_TE: Half, word_TE: Half | None, rows: slice = EVERY) -> Opinions:

@@ -35,10 +35,10 @@ class Reader:
 
     def read(self, routed: RoutedLayer) -> NDArray[np.float16]:
         """[T, X] of the next layer."""
-        one, source = self.describe(routed), len(self.described)
+        one, source = self.describe(routed, self.context.spare), len(self.described)
         self.described.append(one)
         before_TF = self.describe.dense(self.context.before(one, source))
-        share_TE = np.empty((len(one.ids), self.describe.experts), np.float32)
+        share_TE = np.empty((len(one.row_T), self.describe.experts), np.float32)
         self.context.shares(one.ids, source, share_TE)
         parts = [self.describe.dense(one), BEFORE**0.5 * before_TF, SO_FAR**0.5 * share_TE]
         return np.concatenate(parts, axis=1).astype(np.float16)

@@ -47,7 +47,7 @@ def test_an_observed_token_is_its_own_nearest_unit_when_it_comes_again():
     observed(predictor, run)
     seen = seen_of(replace(run, request=run.request + 1000), 3)
     predictor.forecast(seen, 3)
-    state = seen.memo["neighbours-online"][0]
+    state = seen.memo["neighbours-online"].parts[0]
     nearest_T = np.take_along_axis(state.found_2TN[0], state.far_2TN[0].argmin(axis=1)[:, None], axis=1)[:, 0]
     assert ((nearest_T >= units) & (state.far_2TN[0].min(axis=1) < 10)).mean() > 0.9
 
