@@ -29,15 +29,18 @@ def halves(tokens: int, end_B: NDArray[np.int64] | None = None) -> list[slice]:
 
 def together(work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
     """What `work` returns of each of the parts, of which there are one or two; it is asked for two at once, and has to
-    let other threads run, as compiled code does."""
+    let other threads run, as compiled code does. Where the second thread has not come to its part when the first one is
+    done, cores are busy and nobody waits for it."""
     if len(parts) == 1:
         return [work(parts[0])]
     second = _helper(os.getpid()).submit(work, parts[1])
     try:
         first = work(parts[0])
-    finally:
-        second.exception()  # it writes into the same arrays: it has ended, whatever happened here
-    return [first, second.result()]
+    except BaseException:
+        if not second.cancel():
+            second.exception()  # it writes into the same arrays: nothing goes on behind whoever asked
+        raise
+    return [first, work(parts[1]) if second.cancel() else second.result()]
 
 
 @cache

@@ -1,9 +1,8 @@
 """What the ridge does for every token, compiled by numba; imported where it is needed only.
 
-One thread: a decision is over before a second one is awake on a busy machine. All are written so that LLVM finds
-vectors: without Python's errors of division, and with the number of experts known where rows are added up. Shape
-letters: J opinions, T tokens, E experts, K experts per token, C numbers that describe a chosen expert, X numbers that
-describe a layer.
+All let other threads run (see halves.py), and are written so that LLVM finds vectors: without Python's errors of
+division, and with the number of experts known where rows are added up. Shape letters: J opinions, T tokens, E experts,
+K experts per token, C numbers that describe a chosen expert, X numbers that describe a layer.
 """
 
 from __future__ import annotations

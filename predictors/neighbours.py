@@ -1,10 +1,10 @@
 """What the tokens went on to choose that have routed alike: our own, between `ridge` and `routing-net`.
 
-What a token has routed is kept in a sketch of some hundred numbers, which every layer turns and adds to: reduced-rank
-regression, those directions that tell most of the next layers. Fitted tokens are units. The nearest ones are followed
-from layer to layer: those of the layer before are measured anew, and so are their neighbours, some thirty distances
-instead of thousands. A forecast is read off the sketch and off what a linear map missed of the nearest units. All in
-closed form, no torch.
+The last layers that a token has routed are read as they are; what came before is kept in a sketch of some numbers,
+which every few layers is turned and added to: reduced-rank regression, those directions that tell most of the next
+layers. Fitted tokens are units. The nearest ones are followed from sketch to sketch along a graph: those of the one
+before are measured anew, and so are their neighbours, some sixteen distances instead of thousands. A forecast is read
+off all this and off what a linear map missed of the nearest units. All in closed form, no torch.
 
 Source: our own; reduced-rank regression is Izenman's (J. Multivariate Analysis 5(2), 1975), correcting a regression
 by its neighbours' residuals Quinlan's (ICML 1993), following a graph of neighbours as Malkov and Yashunin do (TPAMI
@@ -25,6 +25,7 @@ from moesim.predictors.counting import Frequency
 from moesim.predictors.described import Described, Describer, Half
 from moesim.predictors.neighbours_fit import (
     EARLY,
+    EVERY,
     FAR,
     LISTED,
     MEASURED,
@@ -50,7 +51,7 @@ STARTS = 3
 MOST = np.float32(400)
 """Steps that a token's number may be from 0, so that squared distances stay below FAR."""
 FOLLOWED = (2, 2, 1)
-"""How many of the nearest units' neighbours are looked at, by layer; the last holds for the others."""
+"""How many of the nearest units' neighbours are looked at, by sketch; the last holds for the others."""
 
 Beside = tuple[Described, tuple[NDArray[np.integer], NDArray[np.intp], Half, Half]]
 """What the tokens before have routed; the choices in the last layer, and what `Context.begun` says of the requests."""
@@ -114,6 +115,14 @@ class Neighbours:
             for distance, score_TE in enumerate(told, 1):
                 layer = source + distance
                 self.stack_LD[layer, distance] = fit_stack(score_TE[None], units.topk_ids[checked, layer])
+        self._try(units.take(slice(0, 1)))
+
+    def _try(self, rows: TokenTable) -> None:
+        """No forecast of a step waits for the compiler."""
+        seen = Seen(step=0, tokens=StepTokens(request=rows.request, position=rows.position))
+        for layer in range(min(self.L - 1, EARLY + EVERY + 1)):
+            seen.routed.append(routed_layer(rows, layer))
+            self.forecast(seen, layer + 1)
 
     def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
         """Of the layers within three of the last routed one; the frequency of others. Raises InputError where it was
@@ -146,9 +155,9 @@ class Neighbours:
         if not self.units:
             return Cost()
         E, R, rows = self.E, SKETCH, self.K * (3 if self.weighted else 1)
-        dense, sparse = R * R + R * E, rows * (R + (RECENT + 1) * E) + (self.K + 1) * E
-        searched = (NEIGHBOURS + FOLLOWED[-1] * LISTED) * MEASURED + 2 * NEIGHBOURS * E
-        return Cost(flops=2.0 * (dense + sparse + searched), parameters=sum(units.size() for units in self.units))
+        renewed = (R * R + (NEIGHBOURS + FOLLOWED[-1] * LISTED) * MEASURED) / EVERY + rows * R
+        read = R * E + (rows * (RECENT + 1) + self.K + 1) * E + 2 * NEIGHBOURS * E
+        return Cost(flops=2.0 * (renewed + read), parameters=sum(units.size() for units in self.units))
 
     def _begun(self, tokens: StepTokens) -> State:
         from moesim.predictors.halves import halves

@@ -1,9 +1,9 @@
 """What `neighbours` does for every token, compiled by numba; imported where it is needed only.
 
-One thread, as the ridge's. Distances are squared and whole: of 16-bit numbers, products are added up in pairs. A list
-of neighbours has no order; it is searched by keys, the distance before the place, whose extremes are found in vectors.
-Shape letters: T tokens, U units, Q numbers that distances are measured in, N neighbours of a unit, K neighbours of a
-token, E experts, B bandwidths.
+Distances are squared and whole: of 16-bit numbers, products are added up in pairs. A list of neighbours has no order;
+it is searched by keys, the distance before the place, whose extremes are found in vectors. Shape letters: T tokens, U
+units, Q numbers that distances are measured in, N neighbours of a unit, K neighbours of a token, E experts, B
+bandwidths, J layers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The drafts of `gate-attention` for the steps of a run: what gate_attention_net.py trains, laid out to be quick.
 
-On the CPU and in one thread, wherever it was trained. Nothing is padded, and of the experts' maps only those of the
-chosen ones are used. Shape letters: T tokens of a step, B requests, L routed layers, E experts, K experts per token, D
-router input, W inner width, I three times that, A heads, P distances, V vocabulary rows.
+On the CPU, wherever it was trained, and in one thread for each part of a step. Nothing is padded, and of the experts'
+maps only those of the chosen ones are used. Shape letters: T tokens of a step, B requests, L routed layers, E experts,
+K experts per token, D router input, W inner width, I three times that, A heads, P distances, V vocabulary rows.
 """
 
 from __future__ import annotations

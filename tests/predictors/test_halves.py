@@ -1,5 +1,6 @@
 """Forecasts in two parts on two threads: the same as in one, and nothing goes on behind whoever asked."""
 
+import os
 import threading
 
 import numba
@@ -42,9 +43,10 @@ def test_two_parts_are_worked_on_at_once_in_their_order():
 
 @pytest.mark.parametrize("bad", "ab")
 def test_an_error_waits_for_the_other_part(bad):
-    ended = []
+    both, ended = threading.Barrier(2, timeout=30), []
 
     def work(part):
+        both.wait()
         if part == bad:
             raise ValueError(part)
         ended.append(part)
@@ -52,6 +54,19 @@ def test_an_error_waits_for_the_other_part(bad):
     with pytest.raises(ValueError, match=bad):
         halves.together(work, "ab")
     assert ended == [part for part in "ab" if part != bad]
+
+
+def test_nobody_waits_for_a_thread_that_has_not_begun():
+    go_on = threading.Event()
+    busy = halves._helper(os.getpid()).submit(go_on.wait, 30)
+    try:
+        assert halves.together(str.upper, "ab") == ["A", "B"]
+        with pytest.raises(ZeroDivisionError):
+            halves.together(lambda part: 1 // part, [0, 1])
+        assert not busy.done()
+    finally:
+        go_on.set()
+    assert busy.result(), "and what it had to do in between was taken from it"
 
 
 def asked(predictor, rows, layers):
