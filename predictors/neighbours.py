@@ -35,6 +35,7 @@ from moesim.predictors.neighbours_fit import (
     STEP,
     Fitting,
     Units,
+    renews,
 )
 from moesim.predictors.stack import Opinions, Stack, fit_stack
 from moesim.traces import LoadTable, StepTokens, TokenTable
@@ -47,11 +48,11 @@ CHECKED = 4096
 WINDOW = 32
 """Units next to a token in the order of their choices, from where a search begins."""
 STARTS = 3
-"""Layers under which a search begins from these, too."""
+"""Sketches that are searched for from these, too."""
 MOST = np.float32(400)
 """Steps that a token's number may be from 0, so that squared distances stay below FAR."""
-FOLLOWED = (2, 2, 1)
-"""How many of the nearest units' neighbours are looked at, by sketch; the last holds for the others."""
+FOLLOWED = (2, 1)
+"""How many of the nearest units' neighbours are looked at: where a search begins, and later."""
 
 Beside = tuple[Described, tuple[NDArray[np.integer], NDArray[np.intp], Half, Half]]
 """What the tokens before have routed; the choices in the last layer, and what `Context.begun` says of the requests."""
@@ -103,7 +104,8 @@ class Neighbours:
         fitting = Fitting(chosen_ULE, units.request.astype(np.int64), DISTANCES, width)
         self.units: list[Units] = []
         self.stack_LD: dict[tuple[int, int], Stack] = {}
-        self.orders = [Order.of(units.topk_ids[:, layer], self.E) for layer in range(min(STARTS, self.L - 1))]
+        starts = [layer for layer in range(self.L - 1) if renews(layer)][:STARTS]
+        self.orders = {layer: Order.of(units.topk_ids[:, layer], self.E) for layer in starts}
         checked = slice(None, None, -(-len(units) // CHECKED))
         for source in range(self.L - 1):
             one = self._describe(routed_layer(units, source))
@@ -193,11 +195,11 @@ class Neighbours:
         make = sketcher(self.E, last.values_NKC.shape[2])
         make(last_TR, layers, turned, sketch.step, MOST, part.z_TR, part.z_TQ)
         search = part.z_TQ, sketch.unit_UQ, part.found_2TN[0], part.far_2TN[0]
-        if source < len(self.orders):
+        if source in self.orders:
             if source:
                 followed(sketch.near_UN, *search, 0)
             started(self.orders[source].next_to(last.ids[last.row_T[part.rows]]), *search)
-        followed(sketch.near_UN, *search, FOLLOWED[min(source, len(FOLLOWED) - 1)])
+        followed(sketch.near_UN, *search, FOLLOWED[source not in self.orders])
         part.narrow_2[0] = sketch.narrow
         if source <= EARLY:
             for kept_2 in (part.found_2TN, part.far_2TN, part.narrow_2):

@@ -32,14 +32,14 @@ STEP = 0.01
 RECENT, EARLY = 4, 3
 """So many last layers are read as they are; under that layer, neighbours are found that are kept to the end."""
 EVERY = 4
-"""So many layers from there on share a sketch, at most RECENT; the last ones are read anyway."""
+"""So many layers from there on share a sketch, and those below it one: at most RECENT, which are read anyway."""
 Near = tuple[NDArray[np.int32], NDArray[np.int32], np.float32]
 """[U, K] neighbours, their distances, and the factor on these."""
 
 
 def renews(source: int) -> bool:
     """Whether the sketch and the neighbours are other ones once `source` has routed."""
-    return source <= EARLY or (source - EARLY) % EVERY == 0
+    return source == 0 or (source >= EARLY and (source - EARLY) % EVERY == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ class OnlineNeighbours(Neighbours):
             described.append(self._describe(routed, context.spare))
             self._follow(part, described)
             units = self.units[source]
-            if source < len(self.orders):
+            if source in self.orders:
                 self.orders[source] = self.orders[source].joined(place_T, routed.ids[part.rows])
             if units.sketch:
                 graph = units.sketch.unit_UQ, units.sketch.near_UN
