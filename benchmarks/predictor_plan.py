@@ -16,7 +16,7 @@ GPUS = 8
 EXTRA_SLOTS = (1, 2)
 TASKS = ("intent", "law", "summary", "translation")
 OURS = ("gate-attention", "ridge", "ridge-online")
-"""Our own predictors."""
+"""Those of our own that are shown by layer."""
 SMALL_BATCH, BATCH, LARGE_BATCH = 64, 256, 1024
 
 MINI_STEPS, DATASET_STEPS = 16, 8
@@ -179,7 +179,7 @@ def _between(name: str, title: str, pairs: list[tuple[str, str]]) -> Study:
         )
         for a, b in pairs
     ]
-    names = ("frequency", "window", *(("ema",) if stream else ()), "markov", *OURS)
+    names = ("frequency", "window", *(("ema",) if stream else ()), "markov", *OURS, "neighbours-online")
     return Study(
         name=name,
         title=title,

@@ -9,8 +9,6 @@ from functools import cache
 from typing import TypeVar
 
 import numba
-import numpy as np
-from numpy.typing import NDArray
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -20,15 +18,12 @@ FIRST = 0.54
 """Share of the tokens that whoever asks does itself: a second thread begins later."""
 
 
-def halves(tokens: int, end_B: NDArray[np.int64] | None = None) -> list[slice]:
-    """All rows; of many two parts of about as many, where NUMBA_NUM_THREADS allows two threads. The first one ends
-    where one of the requests does, if `end_B` says where these end."""
+def halves(tokens: int) -> list[slice]:
+    """All rows; of many two parts, where NUMBA_NUM_THREADS allows two threads."""
     if tokens < ENOUGH or numba.config.NUMBA_NUM_THREADS < 2:
         return [slice(0, tokens)]
     middle = round(FIRST * tokens)
-    if end_B is not None:
-        middle = int(end_B[np.abs(end_B - middle).argmin()])
-    return [rows for rows in (slice(0, middle), slice(middle, tokens)) if rows.start < rows.stop]
+    return [slice(0, middle), slice(middle, tokens)]
 
 
 def together(work: Callable[[P], R], parts: Sequence[P]) -> list[R]:

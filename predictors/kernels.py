@@ -32,19 +32,19 @@ def linear(experts: int, numbers: int, width: int = 0) -> Any:
         flat, own = map_XE.reshape(map_XE.size), map_XE.shape[0] > rows
         paired = K - K % 2 if C == 3 else 0
         for t in range(len(row_T)):
-            n, row_E = row_T[t], score_TE[t]
-            if n < 0:
+            row_E = score_TE[t]
+            if row_T[t] < 0:
                 continue
-            ids_K, values_KC = ids_NK[n], values_NKC[n]
+            n = np.uint64(row_T[t])  # known not to count from the end
             for k in range(0, paired, 2):  # the usual case, six rows at a time
-                i, j = flat[C * E * np.int64(ids_K[k]) :], flat[C * E * np.int64(ids_K[k + 1]) :]
-                a, b, c = values_KC[k, 0], values_KC[k, 1], values_KC[k, 2]
-                x, y, z = values_KC[k + 1, 0], values_KC[k + 1, 1], values_KC[k + 1, 2]
+                i, j = flat[C * E * np.int64(ids_NK[n, k]) :], flat[C * E * np.int64(ids_NK[n, k + 1]) :]
+                a, b, c = values_NKC[n, k, 0], values_NKC[n, k, 1], values_NKC[n, k, 2]
+                x, y, z = values_NKC[n, k + 1, 0], values_NKC[n, k + 1, 1], values_NKC[n, k + 1, 2]
                 for e in range(E):
                     row_E[e] += a * i[e] + b * i[e + E] + c * i[e + 2 * E] + x * j[e] + y * j[e + E] + z * j[e + 2 * E]
             for k in range(paired, K):
                 for number in range(C):
-                    i, a = flat[E * (C * np.int64(ids_K[k]) + number) :], values_KC[k, number]
+                    i, a = flat[E * (C * np.int64(ids_NK[n, k]) + number) :], values_NKC[n, k, number]
                     for e in range(E):
                         row_E[e] += a * i[e]
             if own:

@@ -17,11 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional
 
 from moesim.predictors.base import Forecast, RouterSpec, Seen
-from moesim.predictors.halves import halves, together
 from moesim.predictors.learned.gate_attention_drafts import ReadySource, Step, one_thread, rows_of
 from moesim.predictors.learned.gate_attention_kernels import chances
 from moesim.predictors.learned.gate_attention_net import AttentionNet, AttentionSettings
@@ -33,8 +31,6 @@ from moesim.traces import LoadTable, Phase, TokenTable, request_lengths
 
 SAMPLE = 16_384
 """Tokens from which scales are taken."""
-Part = tuple[slice, Step]
-"""Rows of a step, of whole requests."""
 
 
 class GateAttention(AskedEarly[AttentionSettings]):
@@ -125,17 +121,10 @@ class GateAttention(AskedEarly[AttentionSettings]):
         view, source = layer - len(seen.routed), len(seen.routed) - 1
         if queued or source < 0 or not 0 <= view < self.view_count:
             return None
-        parts: list[Part] = kept(seen, (self.name, False), lambda: self._parts(seen))
-        known, drafts = kept(seen, (f"{self.name} {source}", False), lambda: ([], [None] * len(parts)))
-
-        def next_draft(number: int) -> torch.Tensor:
-            with one_thread():
-                drafts[number] = drafts[number] or self._begun(seen, source, *parts[number])
-                told_TE: torch.Tensor = next(drafts[number])
-            return told_TE
-
-        while len(known) <= view:
-            known.append(torch.cat(together(next_draft, range(len(parts)))))
+        with one_thread():
+            known, drafts = kept(seen, (f"{self.name} {source}", False), lambda: ([], self._begun(seen, source)))
+            while len(known) <= view:
+                known.append(next(drafts))
         return known[view], view
 
     def told(self, logits_TE: torch.Tensor, sharpness: float) -> Forecast:
@@ -143,14 +132,9 @@ class GateAttention(AskedEarly[AttentionSettings]):
         if self.shape.top_k > 1:
             return super().told(logits_TE, sharpness)
         T, E = logits_TE.shape
-        p_TE, topk = np.empty((T, E), np.float32), np.empty((T, 1), np.int64)
-
-        def loads(rows: slice) -> NDArray[np.float64]:
-            load_E = np.zeros(E)
-            chances(logits_TE[rows].numpy(), np.float32(sharpness), p_TE[rows], topk[rows], load_E)
-            return load_E
-
-        return Forecast(load=np.sum(together(loads, halves(T)), axis=0), topk=topk, inclusion_UE=p_TE)
+        p_TE, topk, load_E = np.empty((T, E), np.float32), np.empty((T, 1), np.int64), np.zeros(E)
+        chances(logits_TE.numpy(), np.float32(sharpness), p_TE, topk, load_E)
+        return Forecast(load=load_E, topk=topk, inclusion_UE=p_TE)
 
     def flops(self) -> float:
         """A start with the maps of the chosen experts, a block and a gate; attention's own products over 128 tokens."""
@@ -174,24 +158,18 @@ class GateAttention(AskedEarly[AttentionSettings]):
         mask_BSS = net.mask(batch, self.device)
         return [list(net.drafts(source, given, batch, mask_BSS)) for source in range(self.shape.layers - 1)]
 
-    def _begun(self, seen: Seen, source: int, rows: slice, step: Step) -> Iterator[torch.Tensor]:
+    def _begun(self, seen: Seen, source: int) -> Iterator[torch.Tensor]:
+        step: Step = kept(seen, (self.name, False), lambda: self._step(seen))
         for routed in seen.routed[len(step.bits_LTD) :]:
-            weights = None if routed.weights is None else routed.weights[rows]
-            step.add(routed.ids[rows], weights, self._inputs(routed)[rows])
+            step.add(routed.ids, routed.weights, self._inputs(routed))
         return self._ready[source].drafts(step)
 
-    def _parts(self, seen: Seen) -> list[Part]:
-        """Of many tokens two, as requests know nothing of each other."""
+    def _step(self, seen: Seen) -> Step:
         tokens, row_T = seen.tokens, np.zeros(len(seen.tokens), np.int64)
         if self._known_V is not None:
             assert tokens.token_id is not None, "it was fitted with vocabulary ids"
             row_T = rows_of(self._known_V, tokens.token_id)
-        length_B = request_lengths(tokens.request)
-        end_B = length_B.cumsum()
-        return [
-            (rows, Step(length_B=length_B[(end_B > rows.start) & (end_B <= rows.stop)], word_T=row_T[rows]))
-            for rows in halves(len(tokens), end_B)
-        ]
+        return Step(length_B=request_lengths(tokens.request), word_T=row_T)
 
     def _make_ready(self) -> None:
         """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler."""

@@ -1,8 +1,8 @@
 """The drafts of `gate-attention` for the steps of a run: what gate_attention_net.py trains, laid out to be quick.
 
-On the CPU, wherever it was trained, and in one thread for each part of a step. Nothing is padded, and of the experts'
-maps only those of the chosen ones are used. Shape letters: T tokens of a step, B requests, L routed layers, E experts,
-K experts per token, D router input, W inner width, I three times that, A heads, P distances, V vocabulary rows.
+On the CPU and in one thread, wherever it was trained. Nothing is padded, and of the experts' maps only those of the
+chosen ones are used. Shape letters: T tokens of a step, B requests, L routed layers, E experts, K experts per token, D
+router input, W inner width, I three times that, A heads, P distances, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -83,10 +83,9 @@ class ReadyBlock:
         """[T, W] the values that every token's queries ask for; `scale_T` is 1 over the root mean square of its row."""
         told_IT = self.map_ID @ u_TD.T
         mixed_WT = torch.empty((len(self.out_WD), len(u_TD)))
-        bias_AP = self.bias_AP  # as it is now: another thread may put a shorter one there
-        if bias_AP.shape[1] < 2 * (longest := int(length_B.max())) - 1:
-            bias_AP = self.bias_AP = self.bucket_AX.take(buckets(longest).numpy()[::-1], axis=1)
-        attend(told_IT.numpy(), scale_T.numpy(), length_B, bias_AP, causal, mixed_WT.numpy())
+        if self.bias_AP.shape[1] < 2 * (longest := int(length_B.max())) - 1:
+            self.bias_AP = self.bucket_AX.take(buckets(longest).numpy()[::-1], axis=1)
+        attend(told_IT.numpy(), scale_T.numpy(), length_B, self.bias_AP, causal, mixed_WT.numpy())
         return mixed_WT.T
 
 

@@ -1,10 +1,10 @@
 """What `gate-attention` does for every token, but for its larger products of matrices; compiled by numba and imported
 where it is needed only.
 
-Without Python's errors of division, as in predictors/kernels.py. Rows are added in eights: fewer would wait for
-memory, more would not fit the registers. Shape letters: T tokens, L routed layers, E experts, K experts per token, D
-router input, R rank, V vocabulary rows, B requests of S positions, A heads, W inner width, I three times that, P
-distances.
+One thread, and without Python's errors of division, as in predictors/kernels.py. Rows are added in eights: fewer would
+wait for memory, more would not fit the registers. Shape letters: T tokens, L routed layers, E experts, K experts per
+token, D router input, R rank, V vocabulary rows, B requests of S positions, A heads, W inner width, I three times that,
+P distances.
 """
 
 from __future__ import annotations

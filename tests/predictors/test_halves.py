@@ -4,14 +4,10 @@ import os
 import threading
 
 import numba
-import numpy as np
 import pytest
 from weighed_cases import EXPERTS, seen_of, table
 
-from helpers import make_table, with_router_inputs
 from moesim.predictors import PREDICTORS, RouterSpec, halves
-from moesim.predictors.learned.gate_attention import GateAttention
-from moesim.predictors.learned.training import Training
 from moesim.traces import split_requests
 
 
@@ -21,19 +17,11 @@ def two(monkeypatch):
     monkeypatch.setattr(halves, "ENOUGH", 4)
 
 
-def parts(tokens, end_B=None):
-    return [(rows.start, rows.stop) for rows in halves.halves(tokens, None if end_B is None else np.array(end_B))]
-
-
-def test_many_tokens_are_two_parts_of_whole_requests(two):
-    assert parts(3) == [(0, 3)] and parts(7) == [(0, 3), (3, 7)]
-    assert parts(10, [2, 6, 10]) == [(0, 6), (6, 10)]
-    assert parts(10, [10]) == [(0, 10)], "nothing to part"
-
-
-def test_one_thread_is_one_part(two, monkeypatch):
+def test_many_tokens_are_two_parts_where_there_are_two_threads(two, monkeypatch):
+    assert halves.halves(3) == [slice(0, 3)]
+    assert halves.halves(7) == [slice(0, 4), slice(4, 7)]
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 1)
-    assert parts(7) == [(0, 7)]
+    assert halves.halves(7) == [slice(0, 7)]
 
 
 def test_two_parts_are_worked_on_at_once_in_their_order():
@@ -78,16 +66,11 @@ def asked(predictor, rows, layers):
     return told
 
 
-@pytest.mark.parametrize("name", ["ridge", "neighbours", "gate-attention"])
+@pytest.mark.parametrize("name", ["ridge", "neighbours"])
 def test_a_forecast_in_two_parts_is_that_in_one(name, two, monkeypatch):
-    if name == "gate-attention":
-        rows, gates = with_router_inputs(make_table(requests=30, length=12, layers=4, top_k=1, noise=0.1))
-        router = RouterSpec(num_experts=8, top_k=1, gates=gates)
-        predictor = GateAttention(training=Training(epochs=1, batch_tokens=128, learning_rate=1e-2, seed=0))
-    else:
-        rows, router, predictor = table(), RouterSpec(num_experts=EXPERTS, top_k=2), PREDICTORS[name]()
-    fit, run = split_requests(rows)
-    predictor.fit(fit, router)
+    fit, run = split_requests(table())
+    predictor = PREDICTORS[name]()
+    predictor.fit(fit, RouterSpec(num_experts=EXPERTS, top_k=2))
     used = []
     helper = halves._helper
     monkeypatch.setattr(halves, "_helper", lambda process: used.append(process) or helper(process))
