@@ -104,7 +104,7 @@ class Neighbours:
         fitting = Fitting(chosen_ULE, units.request.astype(np.int64), DISTANCES, width)
         self.units: list[Units] = []
         self.stack_LD: dict[tuple[int, int], Stack] = {}
-        starts = [layer for layer in range(self.L - 1) if renews(layer)][:STARTS]
+        starts = [layer for layer in range(self.L - 1) if renews(layer, self.L)][:STARTS]
         self.orders = {layer: Order.of(units.topk_ids[:, layer], self.E) for layer in starts}
         checked = slice(None, None, -(-len(units) // CHECKED))
         for source in range(self.L - 1):
@@ -157,7 +157,8 @@ class Neighbours:
         if not self.units:
             return Cost()
         E, R, rows = self.E, SKETCH, self.K * (3 if self.weighted else 1)
-        renewed = (R * R + (NEIGHBOURS + FOLLOWED[-1] * LISTED) * MEASURED) / EVERY + rows * R
+        often = sum(units.sketch is not None for units in self.units) / len(self.units)
+        renewed = (R * R + (NEIGHBOURS + FOLLOWED[-1] * LISTED) * MEASURED) * often + rows * R
         read = R * E + (rows * (RECENT + 1) + self.K + 1) * E + 2 * NEIGHBOURS * E
         return Cost(flops=2.0 * (renewed + read), parameters=sum(units.size() for units in self.units))
 

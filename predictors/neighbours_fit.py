@@ -31,15 +31,17 @@ STEP = 0.01
 """Residuals are kept in steps of this."""
 RECENT, EARLY = 4, 3
 """So many last layers are read as they are; under that layer, neighbours are found that are kept to the end."""
+DEEP = 12
+"""Layers; in a stack of fewer, each has a sketch of its own."""
 EVERY = 4
 """So many layers from there on share a sketch, and those below it one: at most RECENT, which are read anyway."""
 Near = tuple[NDArray[np.int32], NDArray[np.int32], np.float32]
 """[U, K] neighbours, their distances, and the factor on these."""
 
 
-def renews(source: int) -> bool:
-    """Whether the sketch and the neighbours are other ones once `source` has routed."""
-    return source == 0 or (source >= EARLY and (source - EARLY) % EVERY == 0)
+def renews(source: int, layers: int) -> bool:
+    """Whether the sketch and the neighbours are other ones once `source` of so many layers has routed."""
+    return layers < DEEP or source == 0 or (source >= EARLY and (source - EARLY) % EVERY == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,7 @@ class Fitting:
         """The units once `source` has routed, described by `x_UX`, and their requests by `beside_UV`; and for each
         distance what would be said of the `checked` units if they were none, for calibration."""
         self._x = [*self._x[1:], x_UX]
-        sketch = self._renewed(source) if renews(source) else None
+        sketch = self._renewed(source) if renews(source, self.chosen_ULE.shape[1]) else None
         self._early = self._now if source <= EARLY else self._early
         read_UF = np.concatenate([self._z_UR, *self._x, beside_UV], axis=1)
         told = [self._read(read_UF, self._now, layer, checked) for layer in self._targets(source)]

@@ -66,9 +66,9 @@ def asked(predictor, rows, layers):
     return told
 
 
-@pytest.mark.parametrize("name", ["ridge", "neighbours"])
-def test_a_forecast_in_two_parts_is_that_in_one(name, two, monkeypatch):
-    fit, run = split_requests(table())
+@pytest.mark.parametrize(("name", "layers"), [("ridge", 5), ("neighbours", 5), ("neighbours", 13)])
+def test_a_forecast_in_two_parts_is_that_in_one(name, layers, two, monkeypatch):
+    fit, run = split_requests(table(layers=layers))
     predictor = PREDICTORS[name]()
     predictor.fit(fit, RouterSpec(num_experts=EXPERTS, top_k=2))
     used = []

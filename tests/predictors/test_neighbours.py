@@ -109,7 +109,7 @@ def test_gate_weights_that_are_missing_later_are_named(usual):
         predictor.forecast(seen, 1)
 
 
-@pytest.mark.parametrize(("layers", "length"), [(1, 12), (2, 1), (3, 5)])
+@pytest.mark.parametrize(("layers", "length"), [(1, 12), (2, 1), (3, 5), (13, 5)])
 def test_few_layers_and_one_request_are_enough(layers, length):
     rows = table(layers=layers, requests=1, length=length)
     predictor = fitted(rows)
