@@ -85,8 +85,7 @@ class Context:
         return self._first_R, count_RE, tokens_R
 
     def shares(self, ids_TK: NDArray[np.integer], source: int, share_TE: Half) -> Half:
-        """[T, E] how often the request has chosen each expert, a token, this one included; put into the first E of
-        `share_TE`."""
+        """[T, E] how often the request has chosen each expert, a token, this one included; put into `share_TE`."""
         from moesim.predictors.neighbours_kernels import shares
 
         shares(ids_TK[: len(self.tokens)], *self.begun(source), share_TE)

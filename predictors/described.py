@@ -17,6 +17,11 @@ from moesim.traces import InputError
 Half = NDArray[np.float32]
 
 
+def described_width(experts: int, *, weighted: bool) -> int:
+    """F."""
+    return 3 * experts + 1 if weighted else experts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
     """One routed layer, only of chosen experts."""
@@ -30,7 +35,7 @@ class Described:
     """Which of the N each token reads; below 0 nothing."""
 
     def read(self, rows: slice) -> tuple[NDArray[np.intp], NDArray[np.integer], Half, Half]:
-        """What these tokens read, as the kernel `linear` takes it."""
+        """What these tokens read, as the kernel `add_linear` takes it."""
         return self.row_T[rows], self.ids, self.values_NKC, self.own_N
 
 
@@ -66,7 +71,7 @@ class Describer:
     @property
     def width(self) -> int:
         """F."""
-        return 3 * self.experts + 1 if self.weighted else self.experts
+        return described_width(self.experts, weighted=self.weighted)
 
     def dense(self, one: Described) -> Half:
         """[T, F] the layer's description, zeros written out."""

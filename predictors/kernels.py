@@ -17,67 +17,70 @@ from moesim.traces.compiled import compiled
 ONE, HALF = np.float32(1), np.float32(0.5)
 
 
+@compiled(fastmath=True, error_model="numpy", inline="always")
+def add_linear(sizes: Any, row_T: Any, ids_NK: Any, values_NKC: Any, own_N: Any, map_XW: Any, to_TW: Any) -> None:
+    """to[t] += sum over experts and numbers of values[n, k, c] * map[C * ids[n, k] + c] where n = row[t] is 0 or more,
+    and own[n] * map[C * E] where the layer has a number of its own (map has C * E + 1 rows then).
+
+    `sizes` are E, C and W. Whoever calls this has them as constants: rows of a length known only when it runs would be
+    compared for overlap and cut into vectors again for every expert, which takes as long as adding them.
+    """
+    E, C, W = sizes
+    K = ids_NK.shape[1]
+    flat, own = map_XW.reshape(map_XW.size), map_XW.shape[0] > C * E
+    paired = K - K % 2 if C == 3 else 0
+    for t in range(len(row_T)):
+        row_W = to_TW[t]
+        if row_T[t] < 0:
+            continue
+        n = np.uint64(row_T[t])  # known not to count from the end
+        for k in range(0, paired, 2):  # the usual case, six rows at a time
+            i, j = flat[C * W * np.int64(ids_NK[n, k]) :], flat[C * W * np.int64(ids_NK[n, k + 1]) :]
+            a, b, c = values_NKC[n, k, 0], values_NKC[n, k, 1], values_NKC[n, k, 2]
+            x, y, z = values_NKC[n, k + 1, 0], values_NKC[n, k + 1, 1], values_NKC[n, k + 1, 2]
+            for w in range(W):
+                row_W[w] += a * i[w] + b * i[w + W] + c * i[w + 2 * W] + x * j[w] + y * j[w + W] + z * j[w + 2 * W]
+        for k in range(paired, K):
+            for number in range(C):
+                i, a = flat[W * (C * np.int64(ids_NK[n, k]) + number) :], values_NKC[n, k, number]
+                for w in range(W):
+                    row_W[w] += a * i[w]
+        if own:
+            i, a = flat[C * E * W :], own_N[n]
+            for w in range(W):
+                row_W[w] += a * i[w]
+
+
 @cache
-def linear(experts: int, numbers: int, width: int = 0) -> Any:
-    """The sum for E = `experts`, C = `numbers` and rows of `width`, E if 0. All are compiled in: rows of a length known
-    only when it runs would be compared for overlap and cut into vectors again for every expert, which takes as long as
-    adding them."""
-    E, C, rows = width or experts, numbers, experts * numbers
+def linear(experts: int, numbers: int) -> Any:
+    """`add_linear` for E = W = `experts` and C = `numbers`."""
+    E, C = experts, numbers
 
     @compiled(fastmath=True, error_model="numpy")
     def add(row_T: Any, ids_NK: Any, values_NKC: Any, own_N: Any, map_XE: Any, score_TE: Any) -> None:
-        """score[t] += sum over experts and numbers of values[n, k, c] * map[C * ids[n, k] + c] where n = row[t] is 0 or
-        more, and own[n] * map[C * E] where the layer has a number of its own (map has C * E + 1 rows then)."""
-        K = ids_NK.shape[1]
-        flat, own = map_XE.reshape(map_XE.size), map_XE.shape[0] > rows
-        paired = K - K % 2 if C == 3 else 0
-        for t in range(len(row_T)):
-            row_E = score_TE[t]
-            if row_T[t] < 0:
-                continue
-            n = np.uint64(row_T[t])  # known not to count from the end
-            for k in range(0, paired, 2):  # the usual case, six rows at a time
-                i, j = flat[C * E * np.int64(ids_NK[n, k]) :], flat[C * E * np.int64(ids_NK[n, k + 1]) :]
-                a, b, c = values_NKC[n, k, 0], values_NKC[n, k, 1], values_NKC[n, k, 2]
-                x, y, z = values_NKC[n, k + 1, 0], values_NKC[n, k + 1, 1], values_NKC[n, k + 1, 2]
-                for e in range(E):
-                    row_E[e] += a * i[e] + b * i[e + E] + c * i[e + 2 * E] + x * j[e] + y * j[e + E] + z * j[e + 2 * E]
-            for k in range(paired, K):
-                for number in range(C):
-                    i, a = flat[E * (C * np.int64(ids_NK[n, k]) + number) :], values_NKC[n, k, number]
-                    for e in range(E):
-                        row_E[e] += a * i[e]
-            if own:
-                i, a = flat[rows * E :], own_N[n]
-                for e in range(E):
-                    row_E[e] += a * i[e]
+        """See there."""
+        add_linear((E, C, E), row_T, ids_NK, values_NKC, own_N, map_XE, score_TE)
 
     return add
 
 
-@cache
-def product(rows: int, width: int) -> Any:
-    """The matrix product for R = `rows`, a multiple of 8, and `width`. Of its own because BLAS would wake its own
-    threads, for pieces this small."""
-    R, W = rows, width
-
-    @compiled(fastmath=True, error_model="numpy")
-    def add(from_TR: Any, map_RW: Any, to_TW: Any) -> None:
-        """to[t] += from[t] @ map; eight rows of the map at a time stay in the nearest cache for sixteen tokens."""
-        flat, T = map_RW.reshape(R * W), len(from_TR)
-        for begin in range(0, T, 16):
-            for r in range(0, R, 8):
-                m = flat[r * W :]
-                for t in range(begin, min(begin + 16, T)):
-                    row_W, at_R = to_TW[t], from_TR[t, r : r + 8]
-                    a, b, c, d, e, f, g, h = at_R[0], at_R[1], at_R[2], at_R[3], at_R[4], at_R[5], at_R[6], at_R[7]
-                    for w in range(W):
-                        row_W[w] += (
-                            (a * m[w] + b * m[w + W] + c * m[w + 2 * W] + d * m[w + 3 * W])
-                            + (e * m[w + 4 * W] + f * m[w + 5 * W] + g * m[w + 6 * W] + h * m[w + 7 * W])
-                        )  # fmt: skip
-
-    return add
+@compiled(fastmath=True, error_model="numpy", inline="always")
+def add_product(sizes: Any, from_TR: Any, map_RW: Any, to_TW: Any) -> None:
+    """to[t] += from[t] @ map; eight rows of the map at a time stay in the nearest cache for sixteen tokens. `sizes` are
+    R, a multiple of 8, and W, as in `add_linear`. BLAS would wake its own threads, for pieces this small."""
+    R, W = sizes
+    flat, T = map_RW.reshape(R * W), len(from_TR)
+    for begin in range(0, T, 16):
+        for r in range(0, R, 8):
+            m = flat[r * W :]
+            for t in range(begin, min(begin + 16, T)):
+                row_W, at_R = to_TW[t], from_TR[t, r : r + 8]
+                a, b, c, d, e, f, g, h = at_R[0], at_R[1], at_R[2], at_R[3], at_R[4], at_R[5], at_R[6], at_R[7]
+                for w in range(W):
+                    row_W[w] += (
+                        (a * m[w] + b * m[w + W] + c * m[w + 2 * W] + d * m[w + 3 * W])
+                        + (e * m[w + 4 * W] + f * m[w + 5 * W] + g * m[w + 6 * W] + h * m[w + 7 * W])
+                    )  # fmt: skip
 
 
 @compiled(fastmath=True, error_model="numpy")

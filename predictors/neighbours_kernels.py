@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.predictors.kernels import _exp, linear, product
+from moesim.predictors.kernels import _exp, add_linear, add_product
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS, SKETCH
 from moesim.traces.compiled import compiled, prefetch
 
@@ -247,19 +247,19 @@ def shared(ids_TK: Any, first_R: Any, count_RE: Any, tokens_R: Any, map_EE: Any,
 @cache
 def sketcher(experts: int, numbers: int) -> Any:
     """For E = `experts` and C = `numbers`; all in one, as `reader`."""
-    multiply, add = product(SKETCH, SKETCH), linear(experts, numbers, SKETCH)
+    E, C, R = experts, numbers, SKETCH
 
     @compiled(fastmath=True, error_model="numpy")
     def sketch(last_TR: Any, layers: Any, turned: Any, step: Any, most: Any, z_TR: Any, z_TQ: Any) -> None:
-        """The sketches after `layers`, tuples as `linear` takes them, and their first numbers in steps; `last_TR` are
-        those before, and `turned` is turn_RR, map_JXR and shift_R."""
+        """The sketches after `layers`, tuples as `add_linear` takes them, and their first numbers in steps; `last_TR`
+        are those before, and `turned` is turn_RR, map_JXR and shift_R."""
         turn_RR, map_JXR, shift_R = turned
         z_TR[:] = shift_R
         if len(turn_RR):
-            multiply(last_TR, turn_RR, z_TR)
+            add_product((R, R), last_TR, turn_RR, z_TR)
         for j in range(len(layers)):
             row_T, ids_NK, values_NKC, own_N = layers[j]
-            add(row_T, ids_NK, values_NKC, own_N, map_JXR[j], z_TR)
+            add_linear((E, C, R), row_T, ids_NK, values_NKC, own_N, map_JXR[j], z_TR)
         measured(z_TR, step, most, z_TQ)
 
     return sketch
@@ -269,22 +269,23 @@ def sketcher(experts: int, numbers: int) -> Any:
 def reader(experts: int, numbers: int) -> Any:
     """For E = `experts` and C = `numbers`, all in one: a thread that comes back to Python in between may have to wait
     there for the other one."""
-    multiply, add = product(SKETCH, experts), linear(experts, numbers)
+    E, C, R = experts, numbers, SKETCH
 
     @compiled(fastmath=True, error_model="numpy")
     def read(
         usual_E: Any, z_TR: Any, layers: Any, begun: Any, begin: int, map_FE: Any, near: Any, told_TE: Any
     ) -> None:
-        """What is said of the tokens from the row `begin` on. `layers` are tuples as `linear` takes them, `begun` the
-        ids of the last layer and what `shared` takes beside them, `near` what `mixed` takes, several times."""
+        """What is said of the tokens from the row `begin` on. `layers` are tuples as `add_linear` takes them, `begun`
+        the ids of the last layer and what `shared` takes beside them, `near` what `mixed` takes, several times."""
         told_TE[:] = usual_E
-        multiply(z_TR, map_FE[:SKETCH], told_TE)
-        X = (len(map_FE) - SKETCH - experts) // len(layers)
+        add_product((R, E), z_TR, map_FE[:R], told_TE)
+        X = (len(map_FE) - R - E) // len(layers)
         for j in range(len(layers)):
             row_T, ids_NK, values_NKC, own_N = layers[j]
-            add(row_T, ids_NK, values_NKC, own_N, map_FE[SKETCH + j * X : SKETCH + (j + 1) * X], told_TE)
+            map_XE = map_FE[R + j * X : R + (j + 1) * X]
+            add_linear((E, C, E), row_T, ids_NK, values_NKC, own_N, map_XE, told_TE)
         ids_TK, first_R, count_RE, tokens_R = begun
-        shared(ids_TK, first_R, count_RE, tokens_R, map_FE[len(map_FE) - experts :], begin, told_TE)
+        shared(ids_TK, first_R, count_RE, tokens_R, map_FE[len(map_FE) - E :], begin, told_TE)
         found_JTN, far_JTN, narrow_J, gain_JB, residual_UE, step = near
         for j in range(len(gain_JB)):
             mixed(found_JTN[j], far_JTN[j], narrow_J[j], gain_JB[j], residual_UE, step, told_TE)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.predictors.base import RoutedLayer, RouterSpec, Seen
+from moesim.predictors.base import Cost, RoutedLayer, RouterSpec, Seen
 from moesim.predictors.context import Context
 from moesim.predictors.neighbours import Neighbours
 from moesim.predictors.neighbours_fit import Units, kept
@@ -32,9 +32,14 @@ class OnlineNeighbours(Neighbours):
     def fit(self, table: TokenTable | LoadTable, router: RouterSpec) -> None:
         """As the other, with room for more units."""
         super().fit(table, router)
+        self._cost = super().cost()
         self._fitted = self.units[0].residual_DUE.shape[1] if self.units else 0
         self._joined = 0
         self.units = [_with_room(units) for units in self.units]
+
+    def cost(self) -> Cost:
+        """As the other: room is not learned."""
+        return self._cost
 
     def observe(self, seen: Seen) -> None:
         """As the other; and the step's tokens, the last ones of very many, become units."""

@@ -27,7 +27,7 @@ from moesim.predictors.base import (
     routed_layer,
 )
 from moesim.predictors.counting import Frequency, TokenTableLookup
-from moesim.predictors.described import Described, Describer, Half
+from moesim.predictors.described import Described, Describer, Half, described_width
 from moesim.predictors.stack import Opinions, Stack, fit_stack
 from moesim.traces import InputError, LoadTable, StepTokens, TokenTable, step_tokens
 
@@ -132,10 +132,7 @@ class Ridge:
         return Cost(flops=2.0 * kinds * self.K * self.E * self.L / 2, parameters=size + words)
 
     def _features(self, *, weighted: bool) -> int:
-        return max(self.L - 1, 1) * self._width(weighted=weighted)
-
-    def _width(self, *, weighted: bool) -> int:
-        return 3 * self.E + 1 if weighted else self.E
+        return max(self.L - 1, 1) * described_width(self.E, weighted=weighted)
 
     def _statistics(self, table: TokenTable, block: int = 4096) -> Statistics:
         sums = self._none()
@@ -171,7 +168,7 @@ class Ridge:
         xx_XX[np.diag_indices_from(xx_XX)] += PENALTY
         factor = cholesky(xx_XX, lower=True, overwrite_a=True, check_finite=False)
         half_XY = solve_triangular(factor, sums.xy_XY - n * np.outer(mean_X, mean_Y), lower=True, check_finite=False)
-        width = self._width(weighted=self.weighted)
+        width = self._describe.width
         for last in range(self.L - 1):
             m, to = (last + 1) * width, slice(last * self.E, (last + DISTANCES) * self.E)
             map_XY = solve_triangular(factor[:m, :m], half_XY[:m, to], lower=True, trans=1, check_finite=False)

@@ -1,7 +1,7 @@
 """What `gate-attention` does for every token, but for its larger products of matrices; compiled by numba and imported
 where it is needed only.
 
-One thread, and without Python's errors of division, as in predictors/kernels.py. Rows are added in eights: fewer would
+One thread, and, as in predictors/kernels.py, without Python's errors of division. Rows are added in eights: fewer would
 wait for memory, more would not fit the registers. Shape letters: T tokens, L routed layers, E experts, K experts per
 token, D router input, R rank, V vocabulary rows, B requests of S positions, A heads, W inner width, I three times that,
 P distances.
@@ -27,27 +27,29 @@ UNSEEN, FAR = np.float32(-1e30), np.float32(-100)
 """The score of a key that is not seen; how far below the highest one, in powers of 2, scores are told apart."""
 
 
+@compiled(fastmath=True, error_model="numpy", inline="always")
+def act(sizes: Any, x_D: Any, down: Any, up: Any, weight: Any, u_D: Any) -> None:
+    """What an expert adds: up relu(down x), times its weight."""
+    D, R = sizes
+    for r in range(0, R, 8):
+        i, j = down[D * r :], up[D * r :]
+        a, b, c, d, e, f, g, h = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
+        for n in range(D):
+            x = x_D[n]
+            a, b, c, d = a + x * i[n], b + x * i[n + D], c + x * i[n + 2 * D], d + x * i[n + 3 * D]
+            e, f, g, h = e + x * i[n + 4 * D], f + x * i[n + 5 * D], g + x * i[n + 6 * D], h + x * i[n + 7 * D]
+        a, b, c, d = max(a, ZERO) * weight, max(b, ZERO) * weight, max(c, ZERO) * weight, max(d, ZERO) * weight
+        e, f, g, h = max(e, ZERO) * weight, max(f, ZERO) * weight, max(g, ZERO) * weight, max(h, ZERO) * weight
+        for n in range(D):
+            near = a * j[n] + b * j[n + D] + c * j[n + 2 * D] + d * j[n + 3 * D]
+            u_D[n] += near + e * j[n + 4 * D] + f * j[n + 5 * D] + g * j[n + 6 * D] + h * j[n + 7 * D]
+
+
 @cache
 def start(width: int, rank: int) -> Any:
     """What begins a draft, for D = `width` and R = `rank`, which 8 divides. They are compiled in: rows of a length that
-    is known are not compared for overlap (see `linear` in predictors/kernels.py)."""
+    is known are not compared for overlap (see `add_linear` in predictors/kernels.py)."""
     D, R = width, rank
-
-    @compiled(fastmath=True, error_model="numpy")
-    def act(x_D: Any, down: Any, up: Any, weight: Any, u_D: Any) -> None:
-        """What an expert adds: up relu(down x), times its weight."""
-        for r in range(0, R, 8):
-            i, j = down[D * r :], up[D * r :]
-            a, b, c, d, e, f, g, h = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
-            for n in range(D):
-                x = x_D[n]
-                a, b, c, d = a + x * i[n], b + x * i[n + D], c + x * i[n + 2 * D], d + x * i[n + 3 * D]
-                e, f, g, h = e + x * i[n + 4 * D], f + x * i[n + 5 * D], g + x * i[n + 6 * D], h + x * i[n + 7 * D]
-            a, b, c, d = max(a, ZERO) * weight, max(b, ZERO) * weight, max(c, ZERO) * weight, max(d, ZERO) * weight
-            e, f, g, h = max(e, ZERO) * weight, max(f, ZERO) * weight, max(g, ZERO) * weight, max(h, ZERO) * weight
-            for n in range(D):
-                near = a * j[n] + b * j[n + D] + c * j[n + 2 * D] + d * j[n + 3 * D]
-                u_D[n] += near + e * j[n + 4 * D] + f * j[n + 5 * D] + g * j[n + 6 * D] + h * j[n + 7 * D]
 
     @compiled(fastmath=True, error_model="numpy")
     def begin(order_T: Any, given: Any, rows: Any, scales: Any, u_TD: Any, scale_T: Any) -> None:
@@ -79,7 +81,7 @@ def start(width: int, rank: int) -> Any:
                         u_D[d] += weight * row_D[d]
             for k in range(ids_LK.shape[1]):
                 first = D * R * ids_LK[-1, k]
-                act(x_D, down[first:], up[first:], weight_LK[-1, k], u_D)
+                act((D, R), x_D, down[first:], up[first:], weight_LK[-1, k], u_D)
             scale_T[t] = _over_root(u_D)
 
     return begin

@@ -21,9 +21,10 @@ import torch
 
 from moesim.predictors.base import Cost, Floats, Need, RouterSpec, Seen
 from moesim.predictors.context import Context, Memory
+from moesim.predictors.described import described_width
 from moesim.predictors.learned.learned import Learned, _digest, kept
 from moesim.predictors.learned.requests import Batch, Requests
-from moesim.predictors.learned.routing_net_inputs import Reader, described_width
+from moesim.predictors.learned.routing_net_inputs import Reader
 from moesim.predictors.learned.routing_net_solving import Solving, held_out
 from moesim.predictors.learned.routing_net_units import RoutingNet, log_odds
 from moesim.predictors.learned.training import Budget

@@ -19,11 +19,6 @@ BEFORE, SO_FAR = 0.2, 3.0
 """Weight in squared distances of the token before, and of the request so far, beside the token itself."""
 
 
-def described_width(experts: int, *, weighted: bool) -> int:
-    """F."""
-    return 3 * experts + 1 if weighted else experts
-
-
 @dataclass(slots=True)
 class Reader:
     """Takes layer after layer of a step."""

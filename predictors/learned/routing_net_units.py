@@ -14,10 +14,10 @@ from torch import nn
 
 from moesim.predictors.base import RoutedLayer
 from moesim.predictors.context import Context
-from moesim.predictors.described import Describer
+from moesim.predictors.described import Describer, described_width
 from moesim.predictors.learned.learned import Shape
 from moesim.predictors.learned.requests import tensor_of
-from moesim.predictors.learned.routing_net_inputs import Reader, described_width
+from moesim.predictors.learned.routing_net_inputs import Reader
 from moesim.traces import StepTokens, TokenTable
 
 NARROWNESS = 0.8

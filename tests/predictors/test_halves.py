@@ -58,7 +58,7 @@ def test_nobody_waits_for_a_thread_that_has_not_begun():
 
 
 def asked(predictor, rows, layers):
-    """What is said of every layer and distance, and how many parts it was worked out in."""
+    """What is said of every layer, from every distance."""
     seen, told = seen_of(rows, 0), []
     for routed in seen_of(rows, layers).routed:
         seen.routed.append(routed)

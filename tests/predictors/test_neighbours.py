@@ -11,9 +11,22 @@ from moesim.predictors import RoutedLayer, RouterSpec, routed_layer
 from moesim.predictors.context import Context
 from moesim.predictors.counting import Frequency
 from moesim.predictors.described import Described, Describer
+from moesim.predictors.kernels import add_product, linear
+from moesim.predictors.learned.gate_attention_kernels import start
 from moesim.predictors.neighbours import Neighbours, Order, words
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
-from moesim.predictors.neighbours_kernels import BANDWIDTHS, SOFT, closest, followed, mixed, shared, shares, started
+from moesim.predictors.neighbours_kernels import (
+    BANDWIDTHS,
+    SOFT,
+    closest,
+    followed,
+    mixed,
+    reader,
+    shared,
+    shares,
+    sketcher,
+    started,
+)
 from moesim.predictors.ridge import Ridge
 from moesim.traces import InputError, StepTokens, split_requests
 
@@ -211,3 +224,20 @@ def test_what_shares_say_is_added_up_token_by_token(rows):
     told_TE = np.ones((rows.stop - rows.start, EXPERTS), np.float32)
     shared(ids_TK, first_R, count_RE, tokens_R, by_EE, rows.start, told_TE)
     assert told_TE == pytest.approx(1 + (share_TE @ by_EE)[rows], abs=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 8, 3), (16, 128, 64), (37, 24, 60)])
+def test_the_compiled_product_is_that_of_numpy(tokens, rows, width):
+    rng = np.random.default_rng(0)
+    shapes = (tokens, rows), (rows, width), (tokens, width)
+    given, by, score = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    expected = score.astype(np.float64) + given.astype(np.float64) @ by
+    add_product((rows, width), given, by, score)
+    assert score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [linear(8, 1), sketcher(8, 1), reader(8, 1), start(16, 8)])
+def test_sizes_are_all_that_is_compiled_in(kernel):
+    """What numba keeps is found again by them; a kernel among them is another one in every process, which then compiles
+    anew for seconds and leaves a file each time."""
+    assert all(type(cell.cell_contents) is int for cell in kernel.py_func.__closure__)

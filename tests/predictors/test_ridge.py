@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers import make_table
 from moesim.predictors import RoutedLayer, RouterSpec, Seen, routed_layer
 from moesim.predictors.base import inclusion_of
-from moesim.predictors.kernels import described, linear, product
+from moesim.predictors.kernels import described, linear
 from moesim.predictors.ridge import PENALTY, OnlineRidge, Ridge
 from moesim.predictors.stack import LEAST, Stack, fit_stack
 from moesim.traces import InputError, split_requests, step_tokens
@@ -154,17 +154,6 @@ def test_the_compiled_sum_is_that_of_numpy(seed, top_k, numbers, own, experts):
     read = rng.integers(-1, N, T)
     expected = score + added[read]
     linear(experts, numbers)(read, ids, values, owns, rows, score)
-    assert score == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 8, 3), (16, 128, 64), (37, 24, 60)])
-def test_the_compiled_product_is_that_of_numpy(tokens, rows, width):
-    rng = np.random.default_rng(0)
-    given, by, score = (
-        rng.normal(size=shape).astype(np.float32) for shape in ((tokens, rows), (rows, width), (tokens, width))
-    )
-    expected = score.astype(np.float64) + given.astype(np.float64) @ by
-    product(rows, width)(given, by, score)
     assert score == pytest.approx(expected, abs=1e-4)
 
 
