@@ -62,7 +62,7 @@ def routed_layer(table: TokenTable, layer: int, rows: NDArray[np.intp] | slice =
         ids=np.ascontiguousarray(table.topk_ids[rows, layer]),
         weights=None if table.topk_weights is None else np.ascontiguousarray(table.topk_weights[rows, layer]),
         lookahead=None if table.lookahead_ids is None else table.lookahead_ids[rows, layer],
-        router_input=None if table.router_input is None else table.router_input[rows, layer],
+        router_input=None if table.router_input is None else np.ascontiguousarray(table.router_input[rows, layer]),
     )
 
 

@@ -67,11 +67,11 @@ def linear(experts: int, numbers: int) -> Any:
 @compiled(fastmath=True, error_model="numpy", inline="always")
 def add_product(sizes: Any, from_TR: Any, map_RW: Any, to_TW: Any) -> None:
     """to[t] += from[t] @ map; eight rows of the map at a time stay in the nearest cache for sixteen tokens. `sizes` are
-    R, a multiple of 8, and W, as in `add_linear`. BLAS would wake its own threads, for pieces this small."""
+    R and W, as in `add_linear`. BLAS would wake its own threads, for pieces this small."""
     R, W = sizes
     flat, T = map_RW.reshape(R * W), len(from_TR)
     for begin in range(0, T, 16):
-        for r in range(0, R, 8):
+        for r in range(0, R - R % 8, 8):
             m = flat[r * W :]
             for t in range(begin, min(begin + 16, T)):
                 row_W, at_R = to_TW[t], from_TR[t, r : r + 8]
@@ -81,6 +81,12 @@ def add_product(sizes: Any, from_TR: Any, map_RW: Any, to_TW: Any) -> None:
                         (a * m[w] + b * m[w + W] + c * m[w + 2 * W] + d * m[w + 3 * W])
                         + (e * m[w + 4 * W] + f * m[w + 5 * W] + g * m[w + 6 * W] + h * m[w + 7 * W])
                     )  # fmt: skip
+        for r in range(R - R % 8, R):
+            m = flat[r * W :]
+            for t in range(begin, min(begin + 16, T)):
+                row_W, a = to_TW[t], from_TR[t, r]
+                for w in range(W):
+                    row_W[w] += a * m[w]
 
 
 @compiled(fastmath=True, error_model="numpy")

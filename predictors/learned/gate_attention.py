@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from moesim.predictors.base import Forecast, RouterSpec, Seen
-from moesim.predictors.learned.gate_attention_drafts import ReadySource, Step, one_thread, rows_of
-from moesim.predictors.learned.gate_attention_kernels import chances
+from moesim.predictors.base import Forecast, RouterSpec, Seen, from_probabilities, tokens_of
+from moesim.predictors.learned.gate_attention_drafts import Draft, ReadySource, Step, rows_of
 from moesim.predictors.learned.gate_attention_net import AttentionNet, AttentionSettings
 from moesim.predictors.learned.gate_mlp import AskedEarly
 from moesim.predictors.learned.learned import kept, matrix_flops
@@ -116,25 +115,20 @@ class GateAttention(AskedEarly[AttentionSettings]):
         super().load(path, router, layers)
         self._make_ready()
 
+    def forecast(self, seen: Seen, layer: int, *, queued: bool = False) -> Forecast:
+        """As the others, without torch."""
+        tokens_of(seen, queued)
+        said = None if queued else self._draft(seen, layer)
+        if said is None:
+            return self._prior.forecast(seen, layer, queued=queued)
+        if self.shape.top_k > 1:
+            return from_probabilities(said.p_TE.astype(np.float64), self.shape.top_k)
+        return Forecast(load=said.load_PE.sum(axis=0), topk=said.likeliest_T1, inclusion_UE=said.p_TE)
+
     def answer(self, seen: Seen, layer: int, queued: bool) -> tuple[torch.Tensor, int] | None:
         """From the last routed layer on; nothing before a layer has routed. Drafts go as far as they were asked."""
-        view, source = layer - len(seen.routed), len(seen.routed) - 1
-        if queued or source < 0 or not 0 <= view < self.view_count:
-            return None
-        with one_thread():
-            known, drafts = kept(seen, (f"{self.name} {source}", False), lambda: ([], self._begun(seen, source)))
-            while len(known) <= view:
-                known.append(next(drafts))
-        return known[view], view
-
-    def told(self, logits_TE: torch.Tensor, sharpness: float) -> Forecast:
-        """As the others, in one pass where a token has one expert."""
-        if self.shape.top_k > 1:
-            return super().told(logits_TE, sharpness)
-        T, E = logits_TE.shape
-        p_TE, topk, load_E = np.empty((T, E), np.float32), np.empty((T, 1), np.int64), np.zeros(E)
-        chances(logits_TE.numpy(), np.float32(sharpness), p_TE, topk, load_E)
-        return Forecast(load=load_E, topk=topk, inclusion_UE=p_TE)
+        said = None if queued else self._draft(seen, layer)
+        return None if said is None else (torch.from_numpy(said.logits_TE), layer - len(seen.routed))
 
     def flops(self) -> float:
         """A start with the maps of the chosen experts, a block and a gate; attention's own products over 128 tokens."""
@@ -158,10 +152,20 @@ class GateAttention(AskedEarly[AttentionSettings]):
         mask_BSS = net.mask(batch, self.device)
         return [list(net.drafts(source, given, batch, mask_BSS)) for source in range(self.shape.layers - 1)]
 
-    def _begun(self, seen: Seen, source: int) -> Iterator[torch.Tensor]:
+    def _draft(self, seen: Seen, layer: int) -> Draft | None:
+        view, source = layer - len(seen.routed), len(seen.routed) - 1
+        if source < 0 or not 0 <= view < self.view_count:
+            return None
+        known, drafts = kept(seen, (f"{self.name} {source}", False), lambda: ([], self._begun(seen, source)))
+        while len(known) <= view:
+            known.append(next(drafts))
+        return known[view]
+
+    def _begun(self, seen: Seen, source: int) -> Iterator[Draft]:
         step: Step = kept(seen, (self.name, False), lambda: self._step(seen))
-        for routed in seen.routed[len(step.bits_LTD) :]:
-            step.add(routed.ids, routed.weights, self._inputs(routed))
+        for layer in range(len(step.bits_LTD), len(seen.routed)):
+            routed = seen.routed[layer]
+            step.add(routed.ids, routed.weights, self._weight_L[layer], self._given(routed))
         return self._ready[source].drafts(step)
 
     def _step(self, seen: Seen) -> Step:
@@ -169,16 +173,21 @@ class GateAttention(AskedEarly[AttentionSettings]):
         if self._known_V is not None:
             assert tokens.token_id is not None, "it was fitted with vocabulary ids"
             row_T = rows_of(self._known_V, tokens.token_id)
-        return Step(length_B=request_lengths(tokens.request), word_T=row_T)
+        return Step.of(request_lengths(tokens.request), row_T, self.shape.layers, self.shape.top_k)
 
     def _make_ready(self) -> None:
         """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler."""
-        net = self._net()
-        self._ready = [ReadySource(net, net.source(number)) for number in range(len(net.sources))]
+        net, views = self._net(), range(self.view_count)
+        self._ready = [
+            ReadySource(net, net.source(number), [self.sharpness_VL[v, number + 1 + v] for v in views[: net.source(number).ahead]])
+            for number in range(len(net.sources))
+        ]
         words = net.source(0).words if self._ready else None
         self._known_V = None if words is None else words.known_V.cpu().int().numpy()
-        step = Step(length_B=np.ones(1, np.int64), word_T=np.zeros(1, np.int64))
+        self._weight_L = net.weight_scale_L.tolist()
+        step = Step.of(np.ones(1, np.int64), np.zeros(1, np.int64), self.shape.layers, self.shape.top_k)
         for source in self._ready:
-            step.add(np.zeros((1, self.shape.top_k), np.int64), None, torch.zeros((1, self.sizes["router_input"])))
-            for logits_TE in source.drafts(step):
-                self.told(logits_TE, 1.0)
+            given_TD = np.zeros((1, self.sizes["router_input"]), np.float16)
+            step.add(np.zeros((1, self.shape.top_k), np.int64), None, 1.0, given_TD)
+            for _ in source.drafts(step):
+                pass

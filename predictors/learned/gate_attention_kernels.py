@@ -1,10 +1,9 @@
-"""What `gate-attention` does for every token, but for its larger products of matrices; compiled by numba and imported
-where it is needed only.
+"""What `gate-attention` does for every token, compiled by numba and imported where it is needed only.
 
-One thread, and, as in predictors/kernels.py, without Python's errors of division. Rows are added in eights: fewer would
-wait for memory, more would not fit the registers. Shape letters: T tokens, L routed layers, E experts, K experts per
-token, D router input, R rank, V vocabulary rows, B requests of S positions, A heads, W inner width, I three times that,
-P distances.
+A draft is one compiled call, so that two threads can each make half of it. As in predictors/kernels.py, sizes that are
+known are compiled in and there are none of Python's errors of division. Rows are added in eights: fewer would wait for
+memory, more would not fit the registers. Shape letters: T tokens, L routed layers, E experts, K experts per token, D
+router input, R rank, V vocabulary rows, B requests of S positions, A heads of w numbers, W all of these, P distances.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from moesim.traces.compiled import compiled
+from moesim.predictors.kernels import add_product
+from moesim.traces.compiled import compiled, prefetch
 
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 BIAS, LOG2_E = np.float32(2.0**112), np.float32(1 / np.log(2))
@@ -23,12 +23,93 @@ QUERIES = 128
 """That are attended for at a time, so that what is worked on stays near."""
 N = QUERIES + 8
 """From one row of these to the next; at a power of 2 they would be in each other's way in the cache."""
+SPARE = 3
+"""Numbers before the biases, which are read of keys that are none."""
+SOON = 4
+"""Tokens that a row is asked of memory earlier than it is read."""
 UNSEEN, FAR = np.float32(-1e30), np.float32(-100)
 """The score of a key that is not seen; how far below the highest one, in powers of 2, scores are told apart."""
 
 
+@cache
+def first(width: int, experts: int, rank: int, inner: int, heads: int) -> Any:
+    """What makes the first draft, for D = `width`, E = `experts`, R = `rank`, W = `inner` and A = `heads`; 8 divides R
+    and W / A."""
+    D, E, R, W, A = width, experts, rank, inner, heads
+
+    @compiled(fastmath=True, error_model="numpy")
+    def draft(given: Any, rows: Any, scales: Any, block: Any, u_TD: Any, said: Any, part: Any) -> None:
+        """See `_begin` and `_answer`."""
+        _begin((D, E, R), given, rows, scales, part, u_TD)
+        _answer((D, E, W, A), block, part, u_TD, said)
+
+    return draft
+
+
+@cache
+def later(width: int, experts: int, inner: int, heads: int) -> Any:
+    """What makes the drafts behind it, for the same sizes."""
+    D, E, W, A = width, experts, inner, heads
+
+    @compiled(fastmath=True, error_model="numpy")
+    def draft(sharpness: Any, soft_ED: Any, last_TE: Any, block: Any, u_TD: Any, said: Any, part: Any) -> None:
+        """See `_answer`; u_TD is the draft before, `last_TE` its logits, and softmax(sharpness * these) the experts that
+        act in between, each of which adds its row of `soft_ED`."""
+        rows = slice(part[1], part[1] + part[2].sum())
+        p_TE = np.empty(last_TE[rows].shape, np.float32)
+        for t in range(len(p_TE)):
+            _softened(last_TE[rows.start + t], sharpness * LOG2_E, p_TE[t])
+        add_product((E, D), p_TE, soft_ED, u_TD[rows])
+        _answer((D, E, W, A), block, part, u_TD, said)
+
+    return draft
+
+
 @compiled(fastmath=True, error_model="numpy", inline="always")
-def act(sizes: Any, x_D: Any, down: Any, up: Any, weight: Any, u_D: Any) -> None:
+def _begin(sizes: Any, given: Any, rows: Any, scales: Any, part: Any, u_TD: Any) -> None:
+    """The draft before attention of the tokens of `part`. `given` are the router inputs of the layer and of the one
+    before as the bits of float16, ids_LTK, weight_LTK and word_T; `rows` own_D, earlier_D, words_VD, routes_LED,
+    down_ERD and up_ERD, flat; `scales` the logarithms of what the router input is scaled by: for each of its numbers,
+    expert and vocabulary row."""
+    D, E, R = sizes
+    bits_TD, before_TD, ids_LTK, weight_LTK, word_T = given
+    own_D, earlier_D, words, routes, down, up = rows
+    scale_D, scale_E, scale_V = scales
+    x_D = np.empty(D, np.float32)
+    order_T = _by_expert(ids_LTK[-1], part[1], part[1] + part[2].sum(), E)
+    for number in range(len(order_T)):
+        t, soon = order_T[number], order_T[min(number + SOON, len(order_T) - 1)]
+        soon_D, row_D = words[D * word_T[soon] :], u_TD[soon]
+        for d in range(0, D, 16):
+            prefetch(soon_D[d:])
+            prefetch(row_D[d:])
+        bits_D, before_D = bits_TD[soon], before_TD[soon]
+        for d in range(0, D, 32):
+            prefetch(bits_D[d:])
+            prefetch(before_D[d:])
+        bits_D, before_D, u_D, word = bits_TD[t], before_TD[t], u_TD[t], word_T[t]
+        ids_LK, weight_LK = ids_LTK[:, t], weight_LTK[:, t]
+        log, row_D = scale_V[word], words[D * word :]
+        for d in range(D):
+            x_D[d] = _number(bits_D[d])
+            log += x_D[d] * scale_D[d]
+        for k in range(ids_LK.shape[1]):
+            log += weight_LK[-1, k] * scale_E[ids_LK[-1, k]]
+        scale = np.exp(log)
+        for d in range(D):
+            u_D[d] = (x_D[d] * own_D[d] + _number(before_D[d]) * earlier_D[d]) * scale + row_D[d]
+        for layer in range(len(ids_LK)):
+            for k in range(ids_LK.shape[1]):
+                row_D, weight = routes[D * (layer * len(scale_E) + ids_LK[layer, k]) :], weight_LK[layer, k]
+                for d in range(D):
+                    u_D[d] += weight * row_D[d]
+        for k in range(ids_LK.shape[1]):
+            at = D * R * ids_LK[-1, k]
+            _act((D, R), x_D, down[at:], up[at:], weight_LK[-1, k], u_D)
+
+
+@compiled(fastmath=True, error_model="numpy", inline="always")
+def _act(sizes: Any, x_D: Any, down: Any, up: Any, weight: Any, u_D: Any) -> None:
     """What an expert adds: up relu(down x), times its weight."""
     D, R = sizes
     for r in range(0, R, 8):
@@ -45,46 +126,19 @@ def act(sizes: Any, x_D: Any, down: Any, up: Any, weight: Any, u_D: Any) -> None
             u_D[n] += near + e * j[n + 4 * D] + f * j[n + 5 * D] + g * j[n + 6 * D] + h * j[n + 7 * D]
 
 
-@cache
-def start(width: int, rank: int) -> Any:
-    """What begins a draft, for D = `width` and R = `rank`, which 8 divides. They are compiled in: rows of a length that
-    is known are not compared for overlap (see `add_linear` in predictors/kernels.py)."""
-    D, R = width, rank
-
-    @compiled(fastmath=True, error_model="numpy")
-    def begin(order_T: Any, given: Any, rows: Any, scales: Any, u_TD: Any, scale_T: Any) -> None:
-        """The draft before attention, and 1 over the root mean square of every row, of the tokens `order_T`: in the
-        order of their experts, so that what belongs to one is read once. `given` are the router inputs of the layer and
-        of the one before as the bits of float16, ids_LTK, weight_LTK and word_T; `rows` own_D, earlier_D, words_VD,
-        routes_LED, down_ERD and up_ERD, flat; `scales` the logarithms of what the router input is scaled by: for each
-        of its numbers, expert and vocabulary row."""
-        bits_TD, before_TD, ids_LTK, weight_LTK, word_T = given
-        own_D, earlier_D, words, routes, down, up = rows
-        scale_D, scale_E, scale_V = scales
-        x_D = np.empty(D, np.float32)
-        for t in order_T:
-            bits_D, before_D, u_D, word = bits_TD[t], before_TD[t], u_TD[t], word_T[t]
-            ids_LK, weight_LK = ids_LTK[:, t], weight_LTK[:, t]
-            log, row_D = scale_V[word], words[D * word :]
-            for d in range(D):
-                x_D[d] = _number(bits_D[d])
-                log += x_D[d] * scale_D[d]
-            for k in range(ids_LK.shape[1]):
-                log += weight_LK[-1, k] * scale_E[ids_LK[-1, k]]
-            scale = np.exp(log)
-            for d in range(D):
-                u_D[d] = (x_D[d] * own_D[d] + _number(before_D[d]) * earlier_D[d]) * scale + row_D[d]
-            for layer in range(len(ids_LK)):
-                for k in range(ids_LK.shape[1]):
-                    row_D, weight = routes[D * (layer * len(scale_E) + ids_LK[layer, k]) :], weight_LK[layer, k]
-                    for d in range(D):
-                        u_D[d] += weight * row_D[d]
-            for k in range(ids_LK.shape[1]):
-                first = D * R * ids_LK[-1, k]
-                act((D, R), x_D, down[first:], up[first:], weight_LK[-1, k], u_D)
-            scale_T[t] = _over_root(u_D)
-
-    return begin
+@compiled(error_model="numpy")
+def _by_expert(ids_TK: Any, begin: int, end: int, experts: int) -> Any:
+    """These tokens in the order of their first experts, so that what belongs to one is read once."""
+    at_E, order_T = np.zeros(experts + 1, np.int64), np.empty(end - begin, np.int64)
+    for t in range(begin, end):
+        at_E[ids_TK[t, 0] + 1] += 1
+    for e in range(experts):
+        at_E[e + 1] += at_E[e]
+    for t in range(begin, end):
+        expert = ids_TK[t, 0]
+        order_T[at_E[expert]] = t
+        at_E[expert] += 1
+    return order_T
 
 
 @compiled(fastmath=True, inline="always")
@@ -94,140 +148,143 @@ def _number(bits: Any) -> Any:
     return np.int32((sign << np.int32(16)) | (rest << np.int32(13))).view(np.float32) * BIAS
 
 
-@compiled(fastmath=True, error_model="numpy")
-def over_roots(u_TD: Any, scale_T: Any) -> None:
-    """1 over the root mean square of every row."""
-    for t in range(len(u_TD)):
-        scale_T[t] = _over_root(u_TD[t])
-
-
-@compiled(fastmath=True, error_model="numpy")
-def read(u_TD: Any, logits_TE: Any, bias_E: Any) -> None:
-    """What gates say of every row over its root mean square, in place; `logits_TE` are what they say of the row."""
-    for t in range(len(u_TD)):
-        logits_E, scale = logits_TE[t], _over_root(u_TD[t])
-        for e in range(len(bias_E)):
-            logits_E[e] = logits_E[e] * scale + bias_E[e]
-
-
-@compiled(fastmath=True, error_model="numpy")
-def chances(logits_TE: Any, sharpness: Any, p_TE: Any, likeliest_T1: Any, load_E: Any) -> None:
-    """softmax(sharpness * logits), the highest of each row, the lowest id of several, and the sum of the rows."""
-    (T, E), sharpness = logits_TE.shape, sharpness * LOG2_E
-    for t in range(T):
-        logits_E, p_E, most, total, first = logits_TE[t], p_TE[t], UNSEEN, ZERO, E
-        for e in range(E):
-            most = max(most, logits_E[e])
-        for e in range(E):
-            p = _power(max(sharpness * (logits_E[e] - most), FAR))
-            p_E[e] = p
-            total += p
-        for e in range(E):
-            first = min(first, e if logits_E[e] == most else E)
-        total = ONE / total
-        for e in range(E):
-            p_E[e] *= total
-            load_E[e] += p_E[e]
-        likeliest_T1[t, 0] = first
-
-
-@compiled(fastmath=True, error_model="numpy")
-def attend(told_IT: Any, scale_T: Any, length_B: Any, bias_AP: Any, causal: Any, mixed_WT: Any) -> None:
-    """softmax(queries keys + bias) values over the tokens of each request, to the base of 2. `told_IT` are queries,
-    keys and values, over `scale_T`, in heads of a width that 8 divides; bias_AP[:, P // 2 + far] is that of a key `far`
-    before its query."""
-    W, (A, P), longest, first = len(mixed_WT), bias_AP.shape, (max(length_B) + 7) // 8 * 8, 0
-    width = W // A
-    query, score = np.empty(width * N, np.float32), np.empty(longest * N, np.float32)
-    key_SW, value_WS = np.empty((longest, width), np.float32), np.empty((width, longest), np.float32)
+@compiled(fastmath=True, error_model="numpy", inline="always")
+def _answer(sizes: Any, block: Any, part: Any, u_TD: Any, said: Any) -> None:
+    """u += attention(u over its root mean square), and what the gate says of u over its new one. `part` is its number,
+    first row, and the lengths of its requests and of the longest of all; `block` is the map of u to queries, keys and
+    values in heads, the one back, gate_DE, bias_E, bias_AP and whether later tokens are hidden; bias_AP[:, SPARE + P //
+    2 + far] is of a key `far` before its query. `said` are a sharpness, logits_TE, and what follows from both: p_TE, the
+    likeliest expert of each token, and by part the sum of p_TE."""
+    D, E, W, A = sizes
+    sharpness, logits_TE, p_TE, likeliest_T1, load_PE = said
+    number, row, length_B, longest = part
+    map_DI, out_WD, gate_DE, bias_E, bias_AP, causal = block
+    load_E = load_PE[number]
+    load_E[:] = 0
+    told_SI, mixed_SW = np.empty((longest, 3 * W), np.float32), np.empty((longest, W), np.float32)
+    room = _room(longest, W // A)
     for S in length_B:
-        scale_S = scale_T[first : first + S]
+        u_SD, logits_SE = u_TD[row : row + S], logits_TE[row : row + S]
+        told_SI[:S] = ZERO
+        add_product((D, 3 * W), u_SD, map_DI, told_SI)
+        for s in range(S):
+            scale, told_I = _over_root(u_SD[s]), told_SI[s]
+            for i in range(3 * W):
+                told_I[i] *= scale
         for head in range(A):
-            rows = slice(head * width, head * width + width)
-            mixed_WS, parts = mixed_WT[rows, first : first + S], told_IT[:, first : first + S]
-            query_WS, keys_WS, values_WS = parts[rows], parts[W : 2 * W][rows], parts[2 * W :][rows]
-            for w in range(width):
-                for s in range(S):
-                    key_SW[s, w] = keys_WS[w, s] * scale_S[s]
-                    value_WS[w, s] = values_WS[w, s] * scale_S[s]
-            value_WS[:, S : S + 8] = ZERO
-            for t0 in range(0, S, QUERIES):
-                n, bias = min(QUERIES, S - t0), bias_AP[head, P // 2 + t0 - S + 1 :]
-                for w in range(width):
-                    for t in range(n):
-                        query[w * N + t] = query_WS[w, t0 + t] * scale_S[t0 + t]
-                hidden, seen = (t0, t0 + n) if causal else (S, S)
-                _attend(query, key_SW[:seen], value_WS, bias, S - 1, hidden, score, mixed_WS[:, t0 : t0 + n])
-        first += S
+            _attend(W, head, S, told_SI, bias_AP[head], causal, room, mixed_SW)
+        add_product((W, D), mixed_SW[:S], out_WD, u_SD)
+        logits_SE[:] = ZERO
+        add_product((D, E), u_SD, gate_DE, logits_SE)
+        for s in range(S):
+            scale, logits_E = _over_root(u_SD[s]), logits_SE[s]
+            for e in range(E):
+                logits_E[e] = logits_E[e] * scale + bias_E[e]
+            likeliest_T1[row + s, 0] = _softened(logits_E, sharpness * LOG2_E, p_TE[row + s])
+            for e in range(E):
+                load_E[e] += p_TE[row + s, e]
+        row += S
+
+
+@compiled(error_model="numpy")
+def _room(longest: int, width: int) -> Any:
+    """Where a head is worked on: key_Sw, value_Sw, query_wN, score_SN, mixed_wN, and the highest and summed scores."""
+    S = (longest + 3) // 4 * 4
+    key_Sw, value_Sw = np.zeros((S, width), np.float32), np.zeros((S, width), np.float32)
+    query, score, mixed = np.empty(width * N, np.float32), np.empty(S * N, np.float32), np.empty(width * N, np.float32)
+    return key_Sw, value_Sw, query, score, mixed, np.empty(N, np.float32), np.empty(N, np.float32)
 
 
 @compiled(fastmath=True, error_model="numpy")
-def _attend(
-    query: Any, key_SW: Any, value_WS: Any, bias: Any, last: int, hidden: int, score: Any, mixed_WN: Any
-) -> None:
-    """Some queries of one head and request. bias[last - key + query] is that of a pair; the key hidden + i is not seen
-    by the first i queries."""
-    width, n = mixed_WN.shape
-    keys = len(key_SW)
-    most, total, mixed = np.full(N, UNSEEN), np.zeros(N, np.float32), np.zeros(width * N, np.float32)
-    for s in range(0, keys, 8):
-        for key in range(s, s + 8):
-            row = score[key * N :]
-            if key < keys:
-                _score(row, bias[last - key :], key_SW[key], query, n)
-            row[: n if key >= keys else min(max(key - hidden, 0), n)] = UNSEEN
-        _raise(most, score[s * N :], n)
-    for s in range(0, keys, 8):
-        for key in range(s, s + 8):
-            _soften(score[key * N :], most, total, n)
+def _attend(W: int, head: int, S: int, told_SI: Any, bias_P: Any, causal: Any, room: Any, mixed_SW: Any) -> None:
+    """softmax(queries keys + bias) values of a head over the tokens of a request, to the base of 2."""
+    key_Sw, value_Sw, query, score, mixed, most, total = room
+    width = key_Sw.shape[1]
+    first, centre = head * width, (len(bias_P) - SPARE) // 2
+    for s in range(S):
         for w in range(width):
-            _add(mixed[w * N :], value_WS[w, s:], score[s * N :], n)
-    for w in range(width):
-        row, told = mixed[w * N :], mixed_WN[w]
+            key_Sw[s, w], value_Sw[s, w] = told_SI[s, first + W + w], told_SI[s, first + 2 * W + w]
+    for t0 in range(0, S, QUERIES):
+        n = min(QUERIES, S - t0)
+        keys = t0 + n if causal else S
         for t in range(n):
-            told[t] = row[t] / total[t]
+            for w in range(width):
+                query[w * N + t] = told_SI[t0 + t, first + w]
+            most[t], total[t] = UNSEEN, ZERO
+        mixed[:] = ZERO
+        _score(keys, bias_P, centre + t0, key_Sw, query, score, most, n)
+        _mix(keys, value_Sw, score, most, total, mixed, n)
+        for t in range(n):
+            over = ONE / total[t]
+            for w in range(width):
+                mixed_SW[t0 + t, first + w] = mixed[w * N + t] * over
 
 
 @compiled(fastmath=True, error_model="numpy")
-def _score(row: Any, bias: Any, key_W: Any, query: Any, n: int) -> None:
-    """What a key is to `n` queries."""
-    a, b, c, d, e, f, g, h = key_W[0], key_W[1], key_W[2], key_W[3], key_W[4], key_W[5], key_W[6], key_W[7]
-    for t in range(n):
-        near = a * query[t] + b * query[N + t] + c * query[2 * N + t] + d * query[3 * N + t]
-        far = e * query[4 * N + t] + f * query[5 * N + t] + g * query[6 * N + t] + h * query[7 * N + t]
-        row[t] = bias[t] + near + far
-    for w in range(8, len(key_W), 8):
-        _add(row, key_W[w:], query[w * N :], n)
+def _score(keys: int, bias_P: Any, first: int, key_Sw: Any, query: Any, score: Any, most: Any, n: int) -> None:
+    """What the keys, four at a time, are to `n` queries, and the highest of it; bias_P[SPARE + first + query - key] is
+    that of a pair."""
+    for s in range(0, keys, 4):
+        rows, near = score[s * N :], bias_P[first - s :]
+        a, b, c, d = key_Sw[s], key_Sw[s + 1], key_Sw[s + 2], key_Sw[s + 3]
+        for t in range(n):
+            i, j, k, l = near[t + 3], near[t + 2], near[t + 1], near[t]
+            for w in range(8):
+                x = query[w * N + t]
+                i, j, k, l = i + a[w] * x, j + b[w] * x, k + c[w] * x, l + d[w] * x
+            rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, l
+        for v in range(8, len(a), 8):
+            more, a, b, c, d = query[v * N :], a[8:], b[8:], c[8:], d[8:]
+            for t in range(n):
+                i, j, k, l = rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t]
+                for w in range(8):
+                    x = more[w * N + t]
+                    i, j, k, l = i + a[w] * x, j + b[w] * x, k + c[w] * x, l + d[w] * x
+                rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, l
+        for at in range((keys - s) * N, 4 * N):
+            rows[at] = UNSEEN
+        for t in range(n):
+            i, j = max(rows[t], rows[N + t]), max(rows[2 * N + t], rows[3 * N + t])
+            top = max(i, j)
+            most[t] = max(most[t], top)  # of two at a time vectors are made
 
 
 @compiled(fastmath=True, error_model="numpy")
-def _add(row: Any, by: Any, rows: Any, n: int) -> None:
-    """The sum of eight `rows`, which are N apart, each times its number."""
-    a, b, c, d, e, f, g, h = by[0], by[1], by[2], by[3], by[4], by[5], by[6], by[7]
-    for t in range(n):
-        near = a * rows[t] + b * rows[N + t] + c * rows[2 * N + t] + d * rows[3 * N + t]
-        far = e * rows[4 * N + t] + f * rows[5 * N + t] + g * rows[6 * N + t] + h * rows[7 * N + t]
-        row[t] += near + far
+def _mix(keys: int, value_Sw: Any, score: Any, most: Any, total: Any, mixed: Any, n: int) -> None:
+    """The values, four at a time, each times 2 ** (score - most); and the sum of these."""
+    for s in range(0, keys, 4):
+        rows = score[s * N :]
+        for t in range(n):
+            top = most[t]
+            i, j = _power(max(rows[t] - top, FAR)), _power(max(rows[N + t] - top, FAR))
+            k, l = _power(max(rows[2 * N + t] - top, FAR)), _power(max(rows[3 * N + t] - top, FAR))
+            rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, l
+            total[t] += (i + j) + (k + l)
+        for v in range(0, value_Sw.shape[1], 8):
+            a, b, c, d = value_Sw[s, v:], value_Sw[s + 1, v:], value_Sw[s + 2, v:], value_Sw[s + 3, v:]
+            sums = mixed[v * N :]
+            for t in range(n):
+                i, j, k, l = rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t]
+                for w in range(8):
+                    sums[w * N + t] += (a[w] * i + b[w] * j) + (c[w] * k + d[w] * l)
 
 
-@compiled(fastmath=True, error_model="numpy")
-def _raise(most: Any, rows: Any, n: int) -> None:
-    """The highest of eight rows and what was there."""
-    for t in range(n):
-        a, b = max(rows[t], rows[N + t]), max(rows[2 * N + t], rows[3 * N + t])
-        c, d = max(rows[4 * N + t], rows[5 * N + t]), max(rows[6 * N + t], rows[7 * N + t])
-        a, c = max(a, b), max(c, d)
-        top = max(a, c)
-        most[t] = max(most[t], top)  # of two at a time vectors are made
-
-
-@compiled(fastmath=True, error_model="numpy")
-def _soften(row: Any, most: Any, total: Any, n: int) -> None:
-    """2 ** (row - most), and its sum."""
-    for t in range(n):
-        p = _power(max(row[t] - most[t], FAR))
-        row[t] = p
-        total[t] += p
+@compiled(fastmath=True, error_model="numpy", inline="always")
+def _softened(logits_E: Any, sharpness: Any, p_E: Any) -> Any:
+    """softmax(sharpness * logits), to the base of 2; returns where it is highest, the lowest id of several."""
+    most, total, first = UNSEEN, ZERO, len(p_E)
+    for e in range(len(p_E)):
+        most = max(most, logits_E[e])
+    for e in range(len(p_E)):
+        p = _power(max(sharpness * (logits_E[e] - most), FAR))
+        p_E[e] = p
+        total += p
+    for e in range(len(p_E)):
+        first = min(first, e if logits_E[e] == most else len(p_E))
+    total = ONE / total
+    for e in range(len(p_E)):
+        p_E[e] *= total
+    return first
 
 
 @compiled(fastmath=True, inline="always")

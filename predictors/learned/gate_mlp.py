@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -137,11 +138,14 @@ class AskedEarly(Learned[GateNet, Settings]):
         """A gate, and for the next layer an MLP."""
         return matrix_flops(self.net.gate_LED[0])
 
-    def _inputs(self, routed: RoutedLayer) -> torch.Tensor:
+    def _given(self, routed: RoutedLayer) -> NDArray[np.float16]:
         """[T, D]. Raises InputError where the executor does not say what the router was given."""
         if routed.router_input is None:
             raise InputError(f"predictor {self.name!r} {WITHOUT['router_input']}")
-        return tensor_of(routed.router_input)
+        return routed.router_input
+
+    def _inputs(self, routed: RoutedLayer) -> torch.Tensor:
+        return tensor_of(self._given(routed))
 
 
 class Gate(AskedEarly[GateSettings]):

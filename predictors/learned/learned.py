@@ -152,11 +152,7 @@ class Learned(ABC, Generic[Net, Settings]):
             if answer is None:
                 return self._prior.forecast(seen, layer, queued=queued)
             logits_TE, view = answer
-            return self.told(logits_TE, float(self.sharpness_VL[view, layer]))
-
-    def told(self, logits_TE: torch.Tensor, sharpness: float) -> Forecast:
-        """The forecast that `answer` comes to."""
-        p_TE = (logits_TE.double() * sharpness).softmax(dim=1)
+            p_TE = (logits_TE.double() * float(self.sharpness_VL[view, layer])).softmax(dim=1)
         return from_probabilities(p_TE.cpu().numpy(), self.shape.top_k)
 
     def cost(self) -> Cost:

@@ -45,16 +45,19 @@ def test_an_error_waits_for_the_other_part(bad):
 
 
 def test_nobody_waits_for_a_thread_that_has_not_begun():
-    go_on = threading.Event()
-    busy = halves._helper(os.getpid()).submit(go_on.wait, 30)
+    go_on, gone_on = threading.Event(), threading.Event()
+    busy = halves._Half(lambda _: go_on.wait(30) and gone_on.set(), None)
+    halves._waiting(os.getpid()).put(busy)
     try:
         assert halves.together(str.upper, "ab") == ["A", "B"]
         with pytest.raises(ZeroDivisionError):
             halves.together(lambda part: 1 // part, [0, 1])
-        assert not busy.done()
+        with pytest.raises(ZeroDivisionError):
+            halves.together(lambda part: 1 // part, [1, 0])
+        assert not gone_on.is_set()
     finally:
         go_on.set()
-    assert busy.result(), "and what it had to do in between was taken from it"
+    assert gone_on.wait(30), "and what it had to do in between was taken from it"
 
 
 def asked(predictor, rows, layers):
@@ -72,8 +75,8 @@ def test_a_forecast_in_two_parts_is_that_in_one(name, layers, two, monkeypatch):
     predictor = PREDICTORS[name]()
     predictor.fit(fit, RouterSpec(num_experts=EXPERTS, top_k=2))
     used = []
-    helper = halves._helper
-    monkeypatch.setattr(halves, "_helper", lambda process: used.append(process) or helper(process))
+    waiting = halves._waiting
+    monkeypatch.setattr(halves, "_waiting", lambda process: used.append(process) or waiting(process))
     two_parts = asked(predictor, run, run.num_layers)
     assert used, "in two parts"
     monkeypatch.setattr(halves, "ENOUGH", 1 << 30)
