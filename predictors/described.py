@@ -17,9 +17,9 @@ from moesim.traces import InputError
 Half = NDArray[np.float32]
 
 
-def described_width(experts: int, *, weighted: bool) -> int:
+def described_width(experts: int, *, weighted: bool, numbers: int = 3) -> int:
     """F."""
-    return 3 * experts + 1 if weighted else experts
+    return numbers * experts + 1 if weighted else experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,8 @@ class Describer:
     experts: int
     top_k: int
     weighted: bool
+    numbers: int = 3
+    """C, with gate weights; the first two of these or all."""
 
     def __call__(self, routed: RoutedLayer, spare: int = 0) -> Described:
         """1 for a chosen expert and, with gate weights, their logarithm and that over the weight of an average expert
@@ -55,8 +57,10 @@ class Describer:
         Raises InputError where there have to be gate weights and are none.
         """
         T, K = routed.ids.shape
-        ids, own_N = np.empty((T + spare, K), routed.ids.dtype), np.zeros(T + spare, np.float32)
-        ids[:T] = routed.ids
+        ids, own_N = routed.ids, np.zeros(T + spare, np.float32)
+        if spare:
+            ids = np.empty((T + spare, K), routed.ids.dtype)
+            ids[:T] = routed.ids
         if not self.weighted:
             ones_NKC = np.ones((T + spare, K, 1), np.float32)
             return Described(ids=ids, values_NKC=ones_NKC, own_N=own_N, row_T=np.arange(T))
@@ -64,14 +68,14 @@ class Describer:
             raise InputError(f"predictor {self.predictor!r} was fitted with gate weights, and here there are none")
         from moesim.predictors.kernels import described
 
-        w_TK, values_NKC = routed.weights.astype(np.float32), np.empty((T + spare, K, 3), np.float32)
+        w_TK, values_NKC = routed.weights.astype(np.float32), np.empty((T + spare, K, self.numbers), np.float32)
         described(w_TK, np.float32(max(self.experts - self.top_k, 1)), values_NKC[:T], own_N[:T])
         return Described(ids=ids, values_NKC=values_NKC, own_N=own_N, row_T=np.arange(T))
 
     @property
     def width(self) -> int:
         """F."""
-        return described_width(self.experts, weighted=self.weighted)
+        return described_width(self.experts, weighted=self.weighted, numbers=self.numbers)
 
     def dense(self, one: Described) -> Half:
         """[T, F] the layer's description, zeros written out."""

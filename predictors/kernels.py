@@ -28,18 +28,23 @@ def add_linear(sizes: Any, row_T: Any, ids_NK: Any, values_NKC: Any, own_N: Any,
     E, C, W = sizes
     K = ids_NK.shape[1]
     flat, own = map_XW.reshape(map_XW.size), map_XW.shape[0] > C * E
-    paired = K - K % 2 if C == 3 else 0
+    paired = K - K % 2 if C > 1 else 0
     for t in range(len(row_T)):
         row_W = to_TW[t]
         if row_T[t] < 0:
             continue
         n = np.uint64(row_T[t])  # known not to count from the end
-        for k in range(0, paired, 2):  # the usual case, six rows at a time
+        for k in range(0, paired, 2):  # the usual cases, four or six rows at a time
             i, j = flat[C * W * np.int64(ids_NK[n, k]) :], flat[C * W * np.int64(ids_NK[n, k + 1]) :]
-            a, b, c = values_NKC[n, k, 0], values_NKC[n, k, 1], values_NKC[n, k, 2]
-            x, y, z = values_NKC[n, k + 1, 0], values_NKC[n, k + 1, 1], values_NKC[n, k + 1, 2]
-            for w in range(W):
-                row_W[w] += a * i[w] + b * i[w + W] + c * i[w + 2 * W] + x * j[w] + y * j[w + W] + z * j[w + 2 * W]
+            a, b, x, y = values_NKC[n, k, 0], values_NKC[n, k, 1], values_NKC[n, k + 1, 0], values_NKC[n, k + 1, 1]
+            if C == 2:
+                for w in range(W):
+                    row_W[w] += (a * i[w] + b * i[w + W]) + (x * j[w] + y * j[w + W])
+            else:
+                c, z = values_NKC[n, k, C - 1], values_NKC[n, k + 1, C - 1]
+                for w in range(W):
+                    near, far = a * i[w] + b * i[w + W] + c * i[w + 2 * W], x * j[w] + y * j[w + W] + z * j[w + 2 * W]
+                    row_W[w] += near + far
         for k in range(paired, K):
             for number in range(C):
                 i, a = flat[W * (C * np.int64(ids_NK[n, k]) + number) :], values_NKC[n, k, number]
@@ -110,7 +115,8 @@ def described(weight_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
             log = log_N[t * K + k]
             values_TKC[t, k, 0] = ONE
             values_TKC[t, k, 1] = log + np.float32(3)
-            values_TKC[t, k, 2] = np.float32(0.7) * (log - rest_T[t] - np.float32(1.5))
+            if values_TKC.shape[2] > 2:
+                values_TKC[t, k, 2] = np.float32(0.7) * (log - rest_T[t] - np.float32(1.5))
 
 
 @compiled(fastmath=True, error_model="numpy")

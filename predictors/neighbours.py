@@ -30,6 +30,7 @@ from moesim.predictors.neighbours_fit import (
     LISTED,
     MEASURED,
     NEIGHBOURS,
+    NUMBERS,
     RECENT,
     SKETCH,
     STEP,
@@ -37,7 +38,7 @@ from moesim.predictors.neighbours_fit import (
     Units,
     renews,
 )
-from moesim.predictors.stack import Opinions, Stack, fit_stack
+from moesim.predictors.stack import Stack, Weighing, fit_stack
 from moesim.traces import LoadTable, StepTokens, TokenTable
 
 DISTANCES = 3
@@ -45,8 +46,6 @@ MOST_UNITS = 20_000
 """Fitting takes time with their square."""
 CHECKED = 4096
 """Units, about, that probabilities are calibrated on."""
-WINDOW = 32
-"""Units next to a token in the order of their choices, from where a search begins."""
 STARTS = 3
 """Sketches that are searched for from these, too."""
 MOST = np.float32(400)
@@ -54,6 +53,14 @@ MOST = np.float32(400)
 FOLLOWED = (2, 1)
 """How many of the nearest units' neighbours are looked at: where a search begins, and later."""
 
+UNWEIGHED: Weighing = (
+    np.empty(0, np.float32),
+    np.float32(0),
+    np.float32(0),
+    np.empty((0, 0), np.float32),
+    np.empty((0, 0), np.int64),
+    np.empty(0),
+)
 Beside = tuple[Described, tuple[NDArray[np.integer], NDArray[np.intp], Half, Half]]
 """What the tokens before have routed; the choices in the last layer, and what `Context.begun` says of the requests."""
 
@@ -92,7 +99,9 @@ class Neighbours:
         table = learnable(table, router, self)
         self.E, self.K, self.L = router.num_experts, router.top_k, table.num_layers
         self.weighted = table.topk_weights is not None
-        self._describe = Describer(predictor=self.name, experts=self.E, top_k=self.K, weighted=self.weighted)
+        self._describe = Describer(
+            predictor=self.name, experts=self.E, top_k=self.K, weighted=self.weighted, numbers=NUMBERS
+        )
         self._prior = Frequency()
         self._prior.fit(table, router)
         units = _thinned(table)
@@ -138,13 +147,13 @@ class Neighbours:
         state.described += [self._describe(seen.routed[source], state.context.spare) for source in unread]
         beside = self._beside(state.context, state.described)
 
-        def opinions(number: int) -> Opinions:
+        def weigh(number: int, by: Weighing) -> None:
             for source in unread:
                 self._follow(state.parts[number], state.described[: source + 1])
-            return self._scores(state.parts[number], state.described, beside, distance - 1)[None]
+            self._scores(state.parts[number], state.described, beside, distance - 1, by)
 
         rows = [part.rows for part in state.parts]
-        return self.stack_LD[layer, distance].forecast(opinions, rows, self.E, self.K)
+        return self.stack_LD[layer, distance].gathered(weigh, rows, self.E, self.K)
 
     def observe(self, seen: Seen) -> None:
         """Remember the ends of the step's requests."""
@@ -156,7 +165,7 @@ class Neighbours:
         """Two matrices, the rows of the chosen experts, distances and residuals; all that the units hold."""
         if not self.units:
             return Cost()
-        E, R, rows = self.E, SKETCH, self.K * (3 if self.weighted else 1)
+        E, R, rows = self.E, SKETCH, self.K * (NUMBERS if self.weighted else 1)
         often = sum(units.sketch is not None for units in self.units) / len(self.units)
         renewed = (R * R + (NEIGHBOURS + FOLLOWED[-1] * LISTED) * MEASURED) * often + rows * R
         read = R * E + (rows * (RECENT + 1) + self.K + 1) * E + 2 * NEIGHBOURS * E
@@ -199,16 +208,18 @@ class Neighbours:
         if source in self.orders:
             if source:
                 followed(sketch.near_UN, *search, 0)
-            started(self.orders[source].next_to(last.ids[last.row_T[part.rows]]), *search)
+            started(self.orders[source].next_to(last.ids, last.row_T[part.rows]), self.orders[source].unit_U, *search)
         followed(sketch.near_UN, *search, FOLLOWED[source not in self.orders])
         part.narrow_2[0] = sketch.narrow
         if source <= EARLY:
             for kept_2 in (part.found_2TN, part.far_2TN, part.narrow_2):
                 kept_2[1] = kept_2[0]
 
-    def _scores(self, part: Part, described: list[Described], beside: Beside, at: int, *, near: bool = True) -> Half:
-        """[T, E] about the probability that the expert is chosen, `at` + 1 layers after the last that was read; without
-        what the neighbours say where they are not `near`."""
+    def _scores(
+        self, part: Part, described: list[Described], beside: Beside, at: int, by: Weighing, *, near: bool = True
+    ) -> Half:
+        """[T, E] about the probability that the expert is chosen, `at` + 1 layers after the last that was read, weighed
+        into `by`; without what the neighbours say where they are not `near`."""
         from moesim.predictors.neighbours_kernels import reader
 
         units, (before, begun) = self.units[len(described) - 1], beside
@@ -227,6 +238,7 @@ class Neighbours:
             units.read_DFE[at],
             (*told, *residuals),
             score_TE,
+            by,
         )
         return score_TE
 
@@ -253,17 +265,24 @@ class Order:
         order_U = np.argsort(word_U, kind="stable")
         return Order(unit_U[order_U], word_U[order_U], self.experts)
 
-    def next_to(self, ids_TK: NDArray[np.integer]) -> NDArray[np.int32]:
-        """[T, W] those around each token."""
-        U = len(self.unit_U)
-        first_T = np.searchsorted(self.word_U, words(ids_TK, self.experts)) - WINDOW // 2
-        return self.unit_U[first_T.clip(0, max(U - WINDOW, 0))[:, None] + np.arange(min(WINDOW, U))]
+    def next_to(self, ids_NK: NDArray[np.integer], row_T: NDArray[np.intp]) -> NDArray[np.int64]:
+        """[T] where those begin that are around each token, which has chosen `ids_NK[row]`."""
+        from moesim.predictors.neighbours_kernels import next_to
+
+        first_T = np.empty(len(row_T), np.int64)
+        next_to(ids_NK, row_T, self.experts, places(ids_NK.shape[1], self.experts), self.word_U, first_T)
+        return first_T
+
+
+def places(top_k: int, experts: int) -> int:
+    """Choices that there is room for in a word."""
+    return min(top_k, int(62 / np.log2(max(experts, 2))))
 
 
 def words(ids_TK: NDArray[np.integer], experts: int) -> NDArray[np.int64]:
     """As many choices as there is room for, the first one highest."""
     word_T = np.zeros(len(ids_TK), np.int64)
-    for k in range(min(ids_TK.shape[1], int(62 / np.log2(max(experts, 2))))):
+    for k in range(places(ids_TK.shape[1], experts)):
         word_T = word_T * experts + ids_TK[:, k]
     return word_T
 

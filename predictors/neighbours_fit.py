@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moesim.predictors.described import Half
 
-SKETCH, MEASURED = 64, 64
+NUMBERS, SKETCH, MEASURED = 2, 64, 64
 NEIGHBOURS, LISTED = 8, 8
 """Of a token; of a unit, which the search goes along."""
 AHEAD, FADING = 12, 0.85

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.predictors.kernels import _exp, add_linear, add_product
+from moesim.predictors.kernels import _exp, add_linear, add_product, weighed
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS, SKETCH
 from moesim.traces.compiled import compiled, prefetch
 
@@ -27,6 +27,8 @@ BLOCK, SOON = 8, 4
 """Tokens that are searched for together, and how many earlier what is read of a unit is asked for: memory takes longer
 than what is done with it."""
 LINKED = 4
+WINDOW = 32
+"""Units next to a token in the order of their choices, from where a search begins."""
 PLACES = np.int32(16)
 """Room for a place in a key, at least K."""
 
@@ -40,15 +42,30 @@ def measured(z_TR: Any, step: Any, most: Any, z_TQ: Any) -> None:
 
 
 @compiled(fastmath=True, error_model="numpy")
-def started(candidate_TC: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: Any) -> None:
-    """The nearest of each token's candidates join those found; a distance FAR is of nobody."""
+def next_to(ids_NK: Any, row_T: Any, experts: int, places: int, word_U: Any, first_T: Any) -> None:
+    """Where in an order of words those begin that are around each token's: the first of WINDOW."""
+    last = max(len(word_U) - WINDOW, 0)
+    for t in range(len(row_T)):
+        word, low, high = np.int64(0), 0, len(word_U)
+        for k in range(places):
+            word = word * experts + np.int64(ids_NK[row_T[t], k])
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if word_U[middle] < word else (low, middle)
+        first_T[t] = min(max(low - WINDOW // 2, 0), last)
+
+
+@compiled(fastmath=True, error_model="numpy")
+def started(first_T: Any, unit_U: Any, z_TQ: Any, unit_UQ: Any, found_TK: Any, far_TK: Any) -> None:
+    """The nearest of the WINDOW units from there on join those found; a distance FAR is of nobody."""
     key_K = np.empty(K, np.int32)
-    for t in range(len(candidate_TC)):
-        for unit in candidate_TC[min(t + 1, len(candidate_TC) - 1)]:
+    for t in range(len(first_T)):
+        soon, first = first_T[min(t + 1, len(first_T) - 1)], first_T[t]
+        for unit in unit_U[soon : soon + WINDOW]:
             prefetch(unit_UQ[unit])
         for k in range(K):
             key_K[k] = far_TK[t, k] * PLACES + np.int32(k)
-        _join(candidate_TC[t], z_TQ[t], unit_UQ, found_TK[t], key_K)
+        _join(unit_U[first : first + WINDOW], z_TQ[t], unit_UQ, found_TK[t], key_K)
         for k in range(K):
             far_TK[t, k] = key_K[k] // PLACES
 
@@ -273,10 +290,11 @@ def reader(experts: int, numbers: int) -> Any:
 
     @compiled(fastmath=True, error_model="numpy")
     def read(
-        usual_E: Any, z_TR: Any, layers: Any, begun: Any, begin: int, map_FE: Any, near: Any, told_TE: Any
+        usual_E: Any, z_TR: Any, layers: Any, begun: Any, begin: int, map_FE: Any, near: Any, told_TE: Any, by: Any
     ) -> None:
         """What is said of the tokens from the row `begin` on. `layers` are tuples as `add_linear` takes them, `begun`
-        the ids of the last layer and what `shared` takes beside them, `near` what `mixed` takes, several times."""
+        the ids of the last layer and what `shared` takes beside them, `near` what `mixed` takes, several times, and
+        `by` what `weighed` takes behind it."""
         told_TE[:] = usual_E
         add_product((R, E), z_TR, map_FE[:R], told_TE)
         X = (len(map_FE) - R - E) // len(layers)
@@ -289,5 +307,8 @@ def reader(experts: int, numbers: int) -> Any:
         found_JTN, far_JTN, narrow_J, gain_JB, residual_UE, step = near
         for j in range(len(gain_JB)):
             mixed(found_JTN[j], far_JTN[j], narrow_J[j], gain_JB[j], residual_UE, step, told_TE)
+        weight_J, bias, least, inclusion_TE, top_TK, load_E = by
+        if len(weight_J):
+            weighed(told_TE.reshape((1, len(told_TE), E)), weight_J, bias, least, inclusion_TE, top_TK, load_E)
 
     return read

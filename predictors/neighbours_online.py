@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moesim.predictors.base import Cost, RoutedLayer, RouterSpec, Seen
 from moesim.predictors.context import Context
-from moesim.predictors.neighbours import Neighbours
+from moesim.predictors.neighbours import UNWEIGHED, Neighbours
 from moesim.predictors.neighbours_fit import Units, kept
 from moesim.traces import LoadTable, TokenTable
 
@@ -62,7 +62,7 @@ class OnlineNeighbours(Neighbours):
             beside = self._beside(context, described)
             for at, residual_UE in enumerate(units.residual_DUE):
                 error_TE = self._chosen(seen.routed[source + 1 + at], part.rows)
-                error_TE -= self._scores(part, described, beside, at, near=False)
+                error_TE -= self._scores(part, described, beside, at, UNWEIGHED, near=False)
                 residual_UE[place_T] = kept(error_TE, units.read_DEE[at])
         super().observe(seen)
 

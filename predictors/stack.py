@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.predictors.base import Floats, Forecast
+from moesim.predictors.described import Half
 
 LEAST = 4e-3
 """Opinions are kept this far from never and always: they are not that sure."""
 Opinions = NDArray[np.float32]
 """[J, T, E] each about the probability that the expert is chosen; may lie outside 0 and 1 a little."""
+Weighing = tuple[Half, np.float32, np.float32, Half, NDArray[np.int64], Floats]
+"""Weights, bias and LEAST; and of a part the probabilities, the likeliest experts and the load, to be filled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +34,23 @@ class Stack:
     ) -> Forecast:
         """Inclusion probabilities scaled to rows that sum to K, none above 1. `opinions` is asked for each of the parts
         that make up the tokens, by its number, two at once."""
-        from moesim.predictors.halves import together  # compiled, both: only who forecasts pays for it
-        from moesim.predictors.kernels import weighed
+        from moesim.predictors.kernels import weighed  # compiled: only who forecasts pays for it
+
+        return self.gathered(lambda number, by: weighed(opinions(number), *by), parts, experts, top_k)
+
+    def gathered(
+        self, weigh: Callable[[int, Weighing], None], parts: Sequence[slice], experts: int, top_k: int
+    ) -> Forecast:
+        """The same where `weigh` sees to each part, by its number and what the kernel `weighed` takes behind opinions."""
+        from moesim.predictors.halves import together
 
         T = parts[-1].stop
         inclusion_TE, topk_TK = np.empty((T, experts), np.float32), np.empty((T, top_k), np.int64)
-        bias, least = np.float32(self.bias), np.float32(LEAST)
-
-        def weigh(number: int) -> Floats:
-            rows, load_E = parts[number], np.zeros(experts)
-            weighed(opinions(number), self.weight_J, bias, least, inclusion_TE[rows], topk_TK[rows], load_E)
-            return load_E
-
-        load_E = np.sum(together(weigh, range(len(parts))), axis=0)
-        return Forecast(load=load_E, topk=topk_TK, inclusion_UE=inclusion_TE)
+        load_PE = np.zeros((len(parts), experts))
+        by = self.weight_J, np.float32(self.bias), np.float32(LEAST)
+        made = [(*by, inclusion_TE[rows], topk_TK[rows], load_PE[number]) for number, rows in enumerate(parts)]
+        together(lambda number: weigh(number, made[number]), range(len(parts)))
+        return Forecast(load=load_PE.sum(axis=0), topk=topk_TK, inclusion_UE=inclusion_TE)
 
 
 def fit_stack(opinion_JTE: Opinions, ids_TK: NDArray[np.integer], most: int = 4096) -> Stack:

@@ -179,7 +179,11 @@ class GateAttention(AskedEarly[AttentionSettings]):
         """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler."""
         net, views = self._net(), range(self.view_count)
         self._ready = [
-            ReadySource(net, net.source(number), [self.sharpness_VL[v, number + 1 + v] for v in views[: net.source(number).ahead]])
+            ReadySource(
+                net,
+                net.source(number),
+                [self.sharpness_VL[v, number + 1 + v] for v in views[: net.source(number).ahead]],
+            )
             for number in range(len(net.sources))
         ]
         words = net.source(0).words if self._ready else None

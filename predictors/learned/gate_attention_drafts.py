@@ -47,7 +47,9 @@ class Step:
         """Before any has routed."""
         longest, shape = int(length_B.max(initial=1)), (layers, len(word_T), top_k)
         parts = [(number, *part, longest) for number, part in enumerate(halves_of_requests(length_B))]
-        return cls(parts=parts, word_T=word_T, ids_LTK=np.empty(shape, np.int64), weight_LTK=np.empty(shape, np.float32))
+        return cls(
+            parts=parts, word_T=word_T, ids_LTK=np.empty(shape, np.int64), weight_LTK=np.empty(shape, np.float32)
+        )
 
     def add(
         self, ids_TK: Ids, weights_TK: NDArray[np.float16] | None, usual: float, given_TD: NDArray[np.float16]

@@ -12,12 +12,13 @@ from moesim.predictors.context import Context
 from moesim.predictors.counting import Frequency
 from moesim.predictors.described import Described, Describer
 from moesim.predictors.kernels import add_product, linear
-from moesim.predictors.learned.gate_attention_kernels import start
+from moesim.predictors.learned.gate_attention_kernels import first, later
 from moesim.predictors.neighbours import Neighbours, Order, words
 from moesim.predictors.neighbours_fit import FAR, MEASURED, NEIGHBOURS
 from moesim.predictors.neighbours_kernels import (
     BANDWIDTHS,
     SOFT,
+    WINDOW,
     closest,
     followed,
     mixed,
@@ -159,7 +160,7 @@ def test_a_search_finds_the_nearest_from_where_it_begins():
     near_UN = np.argsort(far_UU, axis=1)[:, 1:9].astype(np.int32)
     found_TK, far_TK = np.full((200, NEIGHBOURS), -1, np.int32), np.full((200, NEIGHBOURS), FAR, np.int32)
     begin_TC = np.argsort(far_TU, axis=1)[:, 5:37].astype(np.int32)
-    started(begin_TC[:, ::-1].copy(), z_TQ, unit_UQ, found_TK, far_TK)
+    started(np.arange(200) * WINDOW, begin_TC[:, ::-1].ravel(), z_TQ, unit_UQ, found_TK, far_TK)
     assert np.array_equal(np.sort(far_TK), np.sort(far_TU)[:, 5 : 5 + NEIGHBOURS]), "the nearest candidates"
     for _ in range(4):
         followed(near_UN, z_TQ, unit_UQ, found_TK, far_TK, 4)
@@ -191,10 +192,14 @@ def test_what_neighbours_say_is_their_weighed_mean():
 def test_units_next_to_a_token_begin_alike():
     ids_UK = np.random.default_rng(0).integers(0, EXPERTS, (500, 2))
     order = Order.of(ids_UK, EXPERTS)
-    beside_TW = order.next_to(ids_UK)
-    assert beside_TW.shape == (500, 32) and all(len(set(row)) == 32 for row in beside_TW.tolist())
-    assert (ids_UK[beside_TW, 0] == ids_UK[:, :1]).mean() > 0.7
-    assert Order.of(ids_UK[:7], EXPERTS).next_to(ids_UK[:3]).shape == (3, 7)
+    rows = np.arange(499, -1, -1)
+    first_T = order.next_to(ids_UK, rows)
+    assert first_T.min() >= 0 and first_T.max() == 500 - WINDOW
+    beside_TW = order.unit_U[first_T[:, None] + np.arange(WINDOW)]
+    assert (ids_UK[beside_TW, 0] == ids_UK[rows, :1]).mean() > 0.7
+    middle = np.searchsorted(order.word_U, words(ids_UK[rows], EXPERTS)) - WINDOW // 2
+    assert np.array_equal(first_T, middle.clip(0, 500 - WINDOW))
+    assert not Order.of(ids_UK[:7], EXPERTS).next_to(ids_UK, rows[:3]).any(), "all of a few"
     assert (words(np.full((1, 8), 255), 256) > 0).all(), "as many choices as there is room for"
 
 
@@ -226,7 +231,7 @@ def test_what_shares_say_is_added_up_token_by_token(rows):
     assert told_TE == pytest.approx(1 + (share_TE @ by_EE)[rows], abs=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 8, 3), (16, 128, 64), (37, 24, 60)])
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 8, 3), (16, 128, 64), (37, 24, 60), (17, 13, 5)])
 def test_the_compiled_product_is_that_of_numpy(tokens, rows, width):
     rng = np.random.default_rng(0)
     shapes = (tokens, rows), (rows, width), (tokens, width)
@@ -236,7 +241,9 @@ def test_the_compiled_product_is_that_of_numpy(tokens, rows, width):
     assert score == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("kernel", [linear(8, 1), sketcher(8, 1), reader(8, 1), start(16, 8)])
+@pytest.mark.parametrize(
+    "kernel", [linear(8, 1), sketcher(8, 1), reader(8, 1), first(16, 8, 8, 8, 1), later(16, 8, 8, 1)]
+)
 def test_sizes_are_all_that_is_compiled_in(kernel):
     """What numba keeps is found again by them; a kernel among them is another one in every process, which then compiles
     anew for seconds and leaves a file each time."""

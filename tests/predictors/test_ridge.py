@@ -138,7 +138,7 @@ def test_a_token_is_forecast_the_same_in_any_company():
         assert np.array_equal(apart.topk, together.topk[rows])
 
 
-@given(st.integers(0, 1000), st.integers(1, 5), st.sampled_from([1, 3]), st.booleans(), st.sampled_from([5, 8, 64]))
+@given(st.integers(0, 1000), st.integers(1, 5), st.sampled_from([1, 2, 3]), st.booleans(), st.sampled_from([5, 8, 64]))
 @settings(max_examples=25, deadline=None)
 def test_the_compiled_sum_is_that_of_numpy(seed, top_k, numbers, own, experts):
     rng = np.random.default_rng(seed)
@@ -167,6 +167,9 @@ def test_gate_weights_are_described_as_by_numpy(experts):
     expected = np.stack([np.ones_like(log), log + 3, 0.7 * (log - rest[:, None] - 1.5)], axis=2)
     assert told == pytest.approx(expected, abs=1e-4)
     assert own == pytest.approx(2 * (rest + 5), abs=1e-4)
+    fewer = np.empty((3, 3, 2), np.float32)
+    described(w, np.float32(experts - 3), fewer, own)
+    assert np.array_equal(fewer, told[:, :, :2])
 
 
 @pytest.mark.parametrize("weight", [0.2, 1, 5])
