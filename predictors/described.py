@@ -68,8 +68,9 @@ class Describer:
             raise InputError(f"predictor {self.predictor!r} was fitted with gate weights, and here there are none")
         from moesim.predictors.kernels import described
 
-        w_TK, values_NKC = routed.weights.astype(np.float32), np.empty((T + spare, K, self.numbers), np.float32)
-        described(w_TK, np.float32(max(self.experts - self.top_k, 1)), values_NKC[:T], own_N[:T])
+        bits_TK = np.ascontiguousarray(routed.weights, np.float16).view(np.uint16)
+        values_NKC = np.empty((T + spare, K, self.numbers), np.float32)
+        described(bits_TK, np.float32(max(self.experts - self.top_k, 1)), values_NKC[:T], own_N[:T])
         return Described(ids=ids, values_NKC=values_NKC, own_N=own_N, row_T=np.arange(T))
 
     @property

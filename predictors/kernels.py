@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.traces.compiled import compiled
 
-ONE, HALF = np.float32(1), np.float32(0.5)
+ONE, HALF, BIAS = np.float32(1), np.float32(0.5), np.float32(2.0**112)
 
 
 @compiled(fastmath=True, error_model="numpy", inline="always")
@@ -94,19 +94,28 @@ def add_product(sizes: Any, from_TR: Any, map_RW: Any, to_TW: Any) -> None:
                     row_W[w] += a * m[w]
 
 
+@compiled(fastmath=True, inline="always")
+def number(bits: Any) -> Any:
+    """float32 of the bits of a float16, unless that is no number: the exponent's bias differs by 112."""
+    sign, rest = np.int32(bits) & np.int32(0x8000), np.int32(bits) & np.int32(0x7FFF)
+    return np.int32((sign << np.int32(16)) | (rest << np.int32(13))).view(np.float32) * BIAS
+
+
 @compiled(fastmath=True, error_model="numpy")
-def described(weight_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
-    """What gate weights say: of each chosen expert 1, the logarithm of its weight, and that over the weight of an
+def described(bits_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
+    """What gate weights say, which are given as the bits of float16: of each chosen expert 1, the logarithm of its weight, and that over the weight of an
     average one of the `others`, which were not chosen; of the token how much these have. Each shifted to be near 0."""
-    T, K = weight_TK.shape
-    log_N, rest_T = weight_TK.copy().reshape(T * K), np.empty(T, np.float32)
+    T, K = bits_TK.shape
+    bits_N, log_N, rest_T = bits_TK.reshape(T * K), np.empty(T * K, np.float32), np.empty(T, np.float32)
     for n in range(T * K):
-        log_N[n] = _log(max(log_N[n], np.float32(1e-4)))
+        log_N[n] = max(number(bits_N[n]), np.float32(1e-4))
     for t in range(T):
         rest = ONE
-        for weight in weight_TK[t]:
-            rest -= max(weight, np.float32(1e-4))
+        for k in range(K):
+            rest -= log_N[t * K + k]
         rest_T[t] = rest
+    for n in range(T * K):
+        log_N[n] = _log(log_N[n])
     for t in range(T):
         rest_T[t] = _log(max(rest_T[t], np.float32(1e-3)) / others)
         own_T[t] = np.float32(2) * (rest_T[t] + np.float32(5))

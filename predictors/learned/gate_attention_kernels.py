@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from moesim.predictors.kernels import add_product
+from moesim.predictors.kernels import add_product, number
 from moesim.traces.compiled import compiled, prefetch
 
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
-BIAS, LOG2_E = np.float32(2.0**112), np.float32(1 / np.log(2))
+ZERO, HALF, ONE, LOG2_E = np.float32(0), np.float32(0.5), np.float32(1), np.float32(1 / np.log(2))
 LEAST = np.float32(np.finfo(np.float32).eps)
 QUERIES = 128
 """That are attended for at a time, so that what is worked on stays near."""
@@ -91,13 +90,13 @@ def _begin(sizes: Any, given: Any, rows: Any, scales: Any, part: Any, u_TD: Any)
         ids_LK, weight_LK = ids_LTK[:, t], weight_LTK[:, t]
         log, row_D = scale_V[word], words[D * word :]
         for d in range(D):
-            x_D[d] = _number(bits_D[d])
+            x_D[d] = number(bits_D[d])
             log += x_D[d] * scale_D[d]
         for k in range(ids_LK.shape[1]):
             log += weight_LK[-1, k] * scale_E[ids_LK[-1, k]]
         scale = np.exp(log)
         for d in range(D):
-            u_D[d] = (x_D[d] * own_D[d] + _number(before_D[d]) * earlier_D[d]) * scale + row_D[d]
+            u_D[d] = (x_D[d] * own_D[d] + number(before_D[d]) * earlier_D[d]) * scale + row_D[d]
         for layer in range(len(ids_LK)):
             for k in range(ids_LK.shape[1]):
                 row_D, weight = routes[D * (layer * len(scale_E) + ids_LK[layer, k]) :], weight_LK[layer, k]
@@ -139,13 +138,6 @@ def _by_expert(ids_TK: Any, begin: int, end: int, experts: int) -> Any:
         order_T[at_E[expert]] = t
         at_E[expert] += 1
     return order_T
-
-
-@compiled(fastmath=True, inline="always")
-def _number(bits: Any) -> Any:
-    """float32 of the bits of a float16, unless that is no number: the exponent's bias differs by 112."""
-    sign, rest = np.int32(bits) & np.int32(0x8000), np.int32(bits) & np.int32(0x7FFF)
-    return np.int32((sign << np.int32(16)) | (rest << np.int32(13))).view(np.float32) * BIAS
 
 
 @compiled(fastmath=True, error_model="numpy", inline="always")

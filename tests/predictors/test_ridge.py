@@ -161,14 +161,15 @@ def test_the_compiled_sum_is_that_of_numpy(seed, top_k, numbers, own, experts):
 def test_gate_weights_are_described_as_by_numpy(experts):
     w = np.array([[0.9, 0.05, 0.01], [1, 0, 0], [0.4, 0.3, 0.2]], np.float32)
     told, own = np.empty((3, 3, 3), np.float32), np.empty(3, np.float32)
-    described(w, np.float32(experts - 3), told, own)
-    log = np.log(np.maximum(w.astype(np.float64), 1e-4))
-    rest = np.log(np.clip(1 - np.maximum(w, 1e-4).astype(np.float64).sum(axis=1), 1e-3, 1) / (experts - 3))
+    half = w.astype(np.float16)
+    described(half.view(np.uint16), np.float32(experts - 3), told, own)
+    log = np.log(np.maximum(half.astype(np.float64), 1e-4))
+    rest = np.log(np.clip(1 - np.maximum(half, 1e-4).astype(np.float64).sum(axis=1), 1e-3, 1) / (experts - 3))
     expected = np.stack([np.ones_like(log), log + 3, 0.7 * (log - rest[:, None] - 1.5)], axis=2)
     assert told == pytest.approx(expected, abs=1e-4)
     assert own == pytest.approx(2 * (rest + 5), abs=1e-4)
     fewer = np.empty((3, 3, 2), np.float32)
-    described(w, np.float32(experts - 3), fewer, own)
+    described(half.view(np.uint16), np.float32(experts - 3), fewer, own)
     assert np.array_equal(fewer, told[:, :, :2])
 
 
