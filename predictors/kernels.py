@@ -95,7 +95,7 @@ def add_product(sizes: Any, from_TR: Any, map_RW: Any, to_TW: Any) -> None:
 
 
 @compiled(fastmath=True, inline="always")
-def number(bits: Any) -> Any:
+def from_bits(bits: Any) -> Any:
     """float32 of the bits of a float16, unless that is no number: the exponent's bias differs by 112."""
     sign, rest = np.int32(bits) & np.int32(0x8000), np.int32(bits) & np.int32(0x7FFF)
     return np.int32((sign << np.int32(16)) | (rest << np.int32(13))).view(np.float32) * BIAS
@@ -103,12 +103,13 @@ def number(bits: Any) -> Any:
 
 @compiled(fastmath=True, error_model="numpy")
 def described(bits_TK: Any, others: Any, values_TKC: Any, own_T: Any) -> None:
-    """What gate weights say, which are given as the bits of float16: of each chosen expert 1, the logarithm of its weight, and that over the weight of an
-    average one of the `others`, which were not chosen; of the token how much these have. Each shifted to be near 0."""
+    """What gate weights say, which are given as the bits of float16: of each chosen expert 1, the logarithm of its
+    weight, and that over the weight of an average one of the `others`, which were not chosen, or only the first two; of
+    the token how much the others have. Each shifted to be near 0."""
     T, K = bits_TK.shape
     bits_N, log_N, rest_T = bits_TK.reshape(T * K), np.empty(T * K, np.float32), np.empty(T, np.float32)
     for n in range(T * K):
-        log_N[n] = max(number(bits_N[n]), np.float32(1e-4))
+        log_N[n] = max(from_bits(bits_N[n]), np.float32(1e-4))
     for t in range(T):
         rest = ONE
         for k in range(K):

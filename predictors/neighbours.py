@@ -224,13 +224,14 @@ class Neighbours:
 
         units, (before, begun) = self.units[len(described) - 1], beside
         layers = [one.read(part.rows) for one in described[-RECENT:]]
-        row_T, *last = layers[-1]
+        row_T, ids_NK, values_NKC, own_N = layers[-1]
         if len(layers) < RECENT:
-            layers = [(np.full_like(row_T, -1), *last)] * (RECENT - len(layers)) + layers
+            nothing = np.full_like(row_T, -1), ids_NK, values_NKC, own_N
+            layers = [nothing] * (RECENT - len(layers)) + layers
         gain_JB, score_TE = units.gain_DJB[at], np.empty((len(row_T), self.E), np.float32)
         told = part.found_2TN, part.far_2TN, part.narrow_2, gain_JB[: len(gain_JB) * near]
         residuals = units.residual_DUE[at], np.float32(STEP)
-        reader(self.E, described[-1].values_NKC.shape[2])(
+        reader(self.E, values_NKC.shape[2])(
             units.usual_DE[at],
             part.z_TR,
             (*layers, before.read(part.rows)),

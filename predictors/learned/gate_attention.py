@@ -156,6 +156,7 @@ class GateAttention(AskedEarly[AttentionSettings]):
         view, source = layer - len(seen.routed), len(seen.routed) - 1
         if source < 0 or not 0 <= view < self.view_count:
             return None
+        known: list[Draft]
         known, drafts = kept(seen, (f"{self.name} {source}", False), lambda: ([], self._begun(seen, source)))
         while len(known) <= view:
             known.append(next(drafts))
@@ -177,13 +178,9 @@ class GateAttention(AskedEarly[AttentionSettings]):
 
     def _make_ready(self) -> None:
         """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler."""
-        net, views = self._net(), range(self.view_count)
+        net = self._net()
         self._ready = [
-            ReadySource(
-                net,
-                net.source(number),
-                [self.sharpness_VL[v, number + 1 + v] for v in views[: net.source(number).ahead]],
-            )
+            ReadySource(net, net.source(number), self.sharpness_VL.diagonal(number + 1))
             for number in range(len(net.sources))
         ]
         words = net.source(0).words if self._ready else None

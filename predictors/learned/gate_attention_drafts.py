@@ -1,8 +1,9 @@
 """The drafts of `gate-attention` for the steps of a run: what gate_attention_net.py trains, laid out to be quick.
 
 On the CPU, wherever it was trained, and where there are many tokens in two threads, each with whole requests. Nothing
-is padded, and of the experts' maps only those of the chosen ones are used. Shape letters: T tokens of a step, B requests, L routed layers, E experts, K experts per token, D
-router input, W inner width, I three times that, A heads, X buckets, P distances, V vocabulary rows.
+is padded, and of the experts' maps only those of the chosen ones are used. Shape letters: T tokens of a step, B
+requests, L routed layers, E experts, K experts per token, D router input, W inner width, I three times that, A heads, X
+buckets, P distances or parts, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -47,9 +48,8 @@ class Step:
         """Before any has routed."""
         longest, shape = int(length_B.max(initial=1)), (layers, len(word_T), top_k)
         parts = [(number, *part, longest) for number, part in enumerate(halves_of_requests(length_B))]
-        return cls(
-            parts=parts, word_T=word_T, ids_LTK=np.empty(shape, np.int64), weight_LTK=np.empty(shape, np.float32)
-        )
+        ids_LTK, weight_LTK = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        return cls(parts=parts, word_T=word_T, ids_LTK=ids_LTK, weight_LTK=weight_LTK)
 
     def add(
         self, ids_TK: Ids, weights_TK: NDArray[np.float16] | None, usual: float, given_TD: NDArray[np.float16]
@@ -106,7 +106,7 @@ class ReadyBlock:
 class ReadySource:
     """A `Source` and the frozen gates behind it; their logits are softened by `sharpness_H`."""
 
-    def __init__(self, net: AttentionNet, source: Source, sharpness_H: Iterable[float]) -> None:
+    def __init__(self, net: AttentionNet, source: Source, sharpness_H: Iterable[np.float64]) -> None:
         at, (_, E, D) = source.source, net.gate_LED.shape
         self.number = at
         # Router inputs are read as they are, so their scale goes into what they are multiplied by.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.predictors.kernels import add_product, number
+from moesim.predictors.kernels import add_product, from_bits
 from moesim.traces.compiled import compiled, prefetch
 
 ZERO, HALF, ONE, LOG2_E = np.float32(0), np.float32(0.5), np.float32(1), np.float32(1 / np.log(2))
@@ -52,8 +52,8 @@ def later(width: int, experts: int, inner: int, heads: int) -> Any:
 
     @compiled(fastmath=True, error_model="numpy")
     def draft(sharpness: Any, soft_ED: Any, last_TE: Any, block: Any, u_TD: Any, said: Any, part: Any) -> None:
-        """See `_answer`; u_TD is the draft before, `last_TE` its logits, and softmax(sharpness * these) the experts that
-        act in between, each of which adds its row of `soft_ED`."""
+        """See `_answer`; u_TD is the draft before, `last_TE` its logits, and softmax(sharpness * these) are the experts
+        that act in between, each of which adds its row of `soft_ED`."""
         rows = slice(part[1], part[1] + part[2].sum())
         p_TE = np.empty(last_TE[rows].shape, np.float32)
         for t in range(len(p_TE)):
@@ -90,13 +90,13 @@ def _begin(sizes: Any, given: Any, rows: Any, scales: Any, part: Any, u_TD: Any)
         ids_LK, weight_LK = ids_LTK[:, t], weight_LTK[:, t]
         log, row_D = scale_V[word], words[D * word :]
         for d in range(D):
-            x_D[d] = number(bits_D[d])
+            x_D[d] = from_bits(bits_D[d])
             log += x_D[d] * scale_D[d]
         for k in range(ids_LK.shape[1]):
             log += weight_LK[-1, k] * scale_E[ids_LK[-1, k]]
         scale = np.exp(log)
         for d in range(D):
-            u_D[d] = (x_D[d] * own_D[d] + number(before_D[d]) * earlier_D[d]) * scale + row_D[d]
+            u_D[d] = (x_D[d] * own_D[d] + from_bits(before_D[d]) * earlier_D[d]) * scale + row_D[d]
         for layer in range(len(ids_LK)):
             for k in range(ids_LK.shape[1]):
                 row_D, weight = routes[D * (layer * len(scale_E) + ids_LK[layer, k]) :], weight_LK[layer, k]
@@ -145,8 +145,8 @@ def _answer(sizes: Any, block: Any, part: Any, u_TD: Any, said: Any) -> None:
     """u += attention(u over its root mean square), and what the gate says of u over its new one. `part` is its number,
     first row, and the lengths of its requests and of the longest of all; `block` is the map of u to queries, keys and
     values in heads, the one back, gate_DE, bias_E, bias_AP and whether later tokens are hidden; bias_AP[:, SPARE + P //
-    2 + far] is of a key `far` before its query. `said` are a sharpness, logits_TE, and what follows from both: p_TE, the
-    likeliest expert of each token, and by part the sum of p_TE."""
+    2 + far] is of a key `far` before its query. `said` are a sharpness, logits_TE, and what follows from both: p_TE,
+    the likeliest expert of each token, and by part the sum of p_TE."""
     D, E, W, A = sizes
     sharpness, logits_TE, p_TE, likeliest_T1, load_PE = said
     number, row, length_B, longest = part
@@ -220,19 +220,19 @@ def _score(keys: int, bias_P: Any, first: int, key_Sw: Any, query: Any, score: A
         rows, near = score[s * N :], bias_P[first - s :]
         a, b, c, d = key_Sw[s], key_Sw[s + 1], key_Sw[s + 2], key_Sw[s + 3]
         for t in range(n):
-            i, j, k, l = near[t + 3], near[t + 2], near[t + 1], near[t]
+            i, j, k, m = near[t + 3], near[t + 2], near[t + 1], near[t]
             for w in range(8):
                 x = query[w * N + t]
-                i, j, k, l = i + a[w] * x, j + b[w] * x, k + c[w] * x, l + d[w] * x
-            rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, l
+                i, j, k, m = i + a[w] * x, j + b[w] * x, k + c[w] * x, m + d[w] * x
+            rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, m
         for v in range(8, len(a), 8):
             more, a, b, c, d = query[v * N :], a[8:], b[8:], c[8:], d[8:]
             for t in range(n):
-                i, j, k, l = rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t]
+                i, j, k, m = rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t]
                 for w in range(8):
                     x = more[w * N + t]
-                    i, j, k, l = i + a[w] * x, j + b[w] * x, k + c[w] * x, l + d[w] * x
-                rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, l
+                    i, j, k, m = i + a[w] * x, j + b[w] * x, k + c[w] * x, m + d[w] * x
+                rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, m
         for at in range((keys - s) * N, 4 * N):
             rows[at] = UNSEEN
         for t in range(n):
@@ -249,16 +249,16 @@ def _mix(keys: int, value_Sw: Any, score: Any, most: Any, total: Any, mixed: Any
         for t in range(n):
             top = most[t]
             i, j = _power(max(rows[t] - top, FAR)), _power(max(rows[N + t] - top, FAR))
-            k, l = _power(max(rows[2 * N + t] - top, FAR)), _power(max(rows[3 * N + t] - top, FAR))
-            rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, l
-            total[t] += (i + j) + (k + l)
+            k, m = _power(max(rows[2 * N + t] - top, FAR)), _power(max(rows[3 * N + t] - top, FAR))
+            rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, m
+            total[t] += (i + j) + (k + m)
         for v in range(0, value_Sw.shape[1], 8):
             a, b, c, d = value_Sw[s, v:], value_Sw[s + 1, v:], value_Sw[s + 2, v:], value_Sw[s + 3, v:]
             sums = mixed[v * N :]
             for t in range(n):
-                i, j, k, l = rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t]
+                i, j, k, m = rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t]
                 for w in range(8):
-                    sums[w * N + t] += (a[w] * i + b[w] * j) + (c[w] * k + d[w] * l)
+                    sums[w * N + t] += (a[w] * i + b[w] * j) + (c[w] * k + d[w] * m)
 
 
 @compiled(fastmath=True, error_model="numpy", inline="always")
