@@ -7,7 +7,7 @@ experts per token, C numbers that describe a chosen expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,11 +69,11 @@ class Context:
 
     def before(self, one: Described, source: int) -> Described:
         """What the tokens before have routed: nothing before a request's first token."""
-        T, row_T = len(self.tokens), self._before_T.copy()
-        for number, (_, row, found) in enumerate(self._known, T):
+        row_T = self._before_T.copy() if self._known else self._before_T
+        for number, (_, row, found) in enumerate(self._known, len(self.tokens)):
             one.ids[number], one.values_NKC[number], one.own_N[number] = found.last_S[source]
             row_T[row] = number
-        return replace(one, row_T=row_T)
+        return Described(ids=one.ids, values_NKC=one.values_NKC, own_N=one.own_N, row_T=row_T)
 
     def begun(self, source: int) -> tuple[NDArray[np.intp], Half, Half]:
         """Of each request the row of its first token here, and how often the tokens before it, and how many these are,

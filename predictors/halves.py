@@ -17,7 +17,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 ENOUGH = 512
 """Tokens; with fewer, one thread is done before a second one is awake."""
-FIRST = 0.56
+FIRST = 0.6
 """Share of the tokens that whoever asks does itself: a second thread begins later."""
 
 
@@ -30,10 +30,10 @@ def halves(tokens: int) -> list[slice]:
 
 
 def halves_of_requests(length_B: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-    """`halves` of whole requests, as (first row, their lengths); one long request is no two."""
-    rows, end_B = halves(int(length_B.sum())), np.cumsum(length_B)
-    first = 1 + int(np.abs(end_B - rows[0].stop).argmin()) if len(rows) == 2 else len(length_B)
-    if first == len(length_B):
+    """`halves` of whole requests, as even as they can be, as (first row, their lengths); one long request is no two."""
+    end_B = np.cumsum(length_B)
+    first = 1 + int(np.abs(2 * end_B - end_B[-1]).argmin()) if len(length_B) else 0
+    if first == len(length_B) or len(halves(int(end_B[-1]))) == 1:
         return [(0, length_B)]
     return [(0, length_B[:first]), (int(end_B[first - 1]), length_B[first:])]
 

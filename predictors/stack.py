@@ -41,7 +41,7 @@ class Stack:
     def gathered(
         self, weigh: Callable[[int, Weighing], None], parts: Sequence[slice], experts: int, top_k: int
     ) -> Forecast:
-        """The same where `weigh` sees to each part: of its number, and what the kernel `weighed` takes behind opinions."""
+        """The same, but `weigh` sees to a part: of its number and what the kernel `weighed` takes behind opinions."""
         from moesim.predictors.halves import together
 
         T = parts[-1].stop
