@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from moesim.predictors.base import Forecast, RouterSpec, Seen, from_probabilities, tokens_of
+from moesim.predictors.halves import ENOUGH
 from moesim.predictors.learned.gate_attention_drafts import Draft, ReadySource, Step, rows_of
 from moesim.predictors.learned.gate_attention_net import AttentionNet, AttentionSettings
 from moesim.predictors.learned.gate_mlp import AskedEarly
@@ -177,7 +178,8 @@ class GateAttention(AskedEarly[AttentionSettings]):
         return Step.of(request_lengths(tokens.request), row_T, self.shape.layers, self.shape.top_k)
 
     def _make_ready(self) -> None:
-        """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler."""
+        """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler, for a second
+        thread or for memory."""
         net = self._net()
         self._ready = [
             ReadySource(net, net.source(number), self.sharpness_VL.diagonal(number + 1))
@@ -186,9 +188,10 @@ class GateAttention(AskedEarly[AttentionSettings]):
         words = net.source(0).words if self._ready else None
         self._known_V = None if words is None else words.known_V.cpu().int().numpy()
         self._weight_L = net.weight_scale_L.tolist()
-        step = Step.of(np.ones(1, np.int64), np.zeros(1, np.int64), self.shape.layers, self.shape.top_k)
+        lengths, T = np.full(8, ENOUGH // 4), 2 * ENOUGH
+        step = Step.of(lengths, np.zeros(T, np.int64), self.shape.layers, self.shape.top_k)
+        ids_TK = np.broadcast_to(np.arange(T)[:, None] % self.shape.experts, (T, self.shape.top_k))
         for source in self._ready:
-            given_TD = np.zeros((1, self.sizes["router_input"]), np.float16)
-            step.add(np.zeros((1, self.shape.top_k), np.int64), None, 1.0, given_TD)
+            step.add(ids_TK, None, 1.0, np.zeros((T, self.sizes["router_input"]), np.float16))
             for _ in source.drafts(step):
                 pass
