@@ -4,6 +4,7 @@ import os
 import threading
 
 import numba
+import numpy as np
 import pytest
 from weighed_cases import EXPERTS, seen_of, table
 
@@ -22,6 +23,20 @@ def test_many_tokens_are_two_parts_where_there_are_two_threads(two, monkeypatch)
     assert halves.halves(7) == [slice(0, 4), slice(4, 7)]
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 1)
     assert halves.halves(7) == [slice(0, 7)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [([1, 5, 2], [(0, [1, 5]), (6, [2])]), ([3, 3], [(0, [3]), (3, [3])]), ([9], [(0, [9])]), ([1, 1], [(0, [1, 1])])],
+)
+def test_requests_are_halved_whole(lengths, parts, two):
+    found = halves.halves_of_requests(np.array(lengths))
+    assert [(row, length_B.tolist()) for row, length_B in found] == parts
+
+
+def test_nothing_is_one_part(two):
+    ((row, length_B),) = halves.halves_of_requests(np.zeros(0, np.int64))
+    assert (row, len(length_B)) == (0, 0)
 
 
 def test_two_parts_are_worked_on_at_once_in_their_order():

@@ -1,7 +1,9 @@
 """The attention draft: it learns, sees its own request only and, where the stack is causal, nothing later."""
 
 from dataclasses import replace
+from itertools import product
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -152,7 +154,7 @@ def uneven(rows, lengths):
         (2, True, AttentionSettings()),
     ],
 )
-def test_drafts_are_what_was_trained(top_k, bare, settings, phase):
+def test_drafts_are_what_was_trained(top_k, bare, settings, phase, monkeypatch):
     table, gates = with_router_inputs(
         make_table(requests=60, length=12, layers=LAYERS, top_k=top_k, noise=0.1, phase=phase)
     )
@@ -164,7 +166,8 @@ def test_drafts_are_what_was_trained(top_k, bare, settings, phase):
     columns = {"ids": torch.from_numpy(step.topk_ids.astype(np.int32)), **predictor.columns(step)}
     with torch.no_grad():
         views = list(predictor.views(Batch(columns=columns, lengths=request_lengths(step.request).tolist())))
-    for source in range(LAYERS - 1):
+    for source, threads in product(range(LAYERS - 1), (1, 2)):
+        monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", threads)
         seen = seen_of(step, source + 1)
         for view in range(LAYERS - 1 - source):
             told, _ = predictor.answer(seen, source + 1 + view, queued=False)
