@@ -136,6 +136,7 @@ def weighed(
     """Probabilities from the weighed log odds of the opinions, kept `least` from 0 and 1; each row scaled to sum to K
     with none above 1. And the row's likeliest experts, highest first; and `load_E`, to which the rows are added."""
     J, T, E = opinion_JTE.shape
+    sum_E = np.zeros(E)  # nowhere near that of another part: two threads would wait for the line that both are in
     for t in range(T):
         row_E = inclusion_TE[t]
         for e in range(E):
@@ -150,7 +151,9 @@ def weighed(
         _scale(row_E, top_TK.shape[1])
         _likeliest(row_E, top_TK[t])
         for e in range(E):
-            load_E[e] += row_E[e]
+            sum_E[e] += row_E[e]
+    for e in range(E):
+        load_E[e] += sum_E[e]
 
 
 @compiled(fastmath=True, inline="always")

@@ -151,8 +151,7 @@ def _answer(sizes: Any, block: Any, part: Any, u_TD: Any, said: Any) -> None:
     sharpness, logits_TE, p_TE, likeliest_T1, load_PE = said
     number, row, length_B, longest = part
     map_DI, out_WD, gate_DE, bias_E, bias_AP, causal = block
-    load_E = load_PE[number]
-    load_E[:] = 0
+    load_E = np.zeros(E)  # not those of another part beside it: two threads would wait for the line that both are in
     told_SI, mixed_SW = np.empty((longest, 3 * W), np.float32), np.empty((longest, W), np.float32)
     room = _room(longest, W // A)
     for S in length_B:
@@ -176,6 +175,7 @@ def _answer(sizes: Any, block: Any, part: Any, u_TD: Any, said: Any) -> None:
             for e in range(E):
                 load_E[e] += p_TE[row + s, e]
         row += S
+    load_PE[number] = load_E
 
 
 @compiled(error_model="numpy")
