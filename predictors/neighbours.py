@@ -61,6 +61,7 @@ UNWEIGHED: Weighing = (
     np.empty((0, 0), np.int64),
     np.empty(0),
 )
+"""For who asks for scores alone."""
 Beside = tuple[Described, tuple[NDArray[np.integer], NDArray[np.intp], Half, Half]]
 """What the tokens before have routed; the choices in the last layer, and what `Context.begun` says of the requests."""
 
