@@ -96,11 +96,11 @@ def together(work: Callable[[P], R], parts: Sequence[P]) -> list[R]:
 @cache
 def _waiting(process: int) -> SimpleQueue[_Half[Any, Any]]:
     """Halves that a second thread takes up; of this process, as a forked one inherits no threads."""
-    halves: SimpleQueue[_Half[Any, Any]] = SimpleQueue()
+    waiting: SimpleQueue[_Half[Any, Any]] = SimpleQueue()
 
     def work() -> None:
         while True:
-            halves.get().do()
+            waiting.get().do()
 
     Thread(target=work, name=f"forecast-{process}", daemon=True).start()
-    return halves
+    return waiting

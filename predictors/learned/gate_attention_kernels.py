@@ -192,16 +192,16 @@ def _attend(W: int, head: int, S: int, told_SI: Any, bias_P: Any, causal: Any, r
     """softmax(queries keys + bias) values of a head over the tokens of a request, to the base of 2."""
     key_Sw, value_Sw, query, score, mixed, most, total = room
     width = key_Sw.shape[1]
-    first, centre = head * width, (len(bias_P) - SPARE) // 2
+    column, centre = head * width, (len(bias_P) - SPARE) // 2
     for s in range(S):
         for w in range(width):
-            key_Sw[s, w], value_Sw[s, w] = told_SI[s, first + W + w], told_SI[s, first + 2 * W + w]
+            key_Sw[s, w], value_Sw[s, w] = told_SI[s, column + W + w], told_SI[s, column + 2 * W + w]
     for t0 in range(0, S, QUERIES):
         n = min(QUERIES, S - t0)
         keys = t0 + n if causal else S
         for t in range(n):
             for w in range(width):
-                query[w * N + t] = told_SI[t0 + t, first + w]
+                query[w * N + t] = told_SI[t0 + t, column + w]
             most[t], total[t] = UNSEEN, ZERO
         mixed[:] = ZERO
         _score(keys, bias_P, centre + t0, key_Sw, query, score, most, n)
@@ -209,15 +209,15 @@ def _attend(W: int, head: int, S: int, told_SI: Any, bias_P: Any, causal: Any, r
         for t in range(n):
             over = ONE / total[t]
             for w in range(width):
-                mixed_SW[t0 + t, first + w] = mixed[w * N + t] * over
+                mixed_SW[t0 + t, column + w] = mixed[w * N + t] * over
 
 
 @compiled(fastmath=True, error_model="numpy")
-def _score(keys: int, bias_P: Any, first: int, key_Sw: Any, query: Any, score: Any, most: Any, n: int) -> None:
-    """What the keys, four at a time, are to `n` queries, and the highest of it; bias_P[SPARE + first + query - key] is
+def _score(keys: int, bias_P: Any, at: int, key_Sw: Any, query: Any, score: Any, most: Any, n: int) -> None:
+    """What the keys, four at a time, are to `n` queries, and the highest of it; bias_P[SPARE + at + query - key] is
     that of a pair."""
     for s in range(0, keys, 4):
-        rows, near = score[s * N :], bias_P[first - s :]
+        rows, near = score[s * N :], bias_P[at - s :]
         a, b, c, d = key_Sw[s], key_Sw[s + 1], key_Sw[s + 2], key_Sw[s + 3]
         for t in range(n):
             i, j, k, m = near[t + 3], near[t + 2], near[t + 1], near[t]
@@ -233,8 +233,8 @@ def _score(keys: int, bias_P: Any, first: int, key_Sw: Any, query: Any, score: A
                     x = more[w * N + t]
                     i, j, k, m = i + a[w] * x, j + b[w] * x, k + c[w] * x, m + d[w] * x
                 rows[t], rows[N + t], rows[2 * N + t], rows[3 * N + t] = i, j, k, m
-        for at in range((keys - s) * N, 4 * N):
-            rows[at] = UNSEEN
+        for none in range((keys - s) * N, 4 * N):
+            rows[none] = UNSEEN
         for t in range(n):
             i, j = max(rows[t], rows[N + t]), max(rows[2 * N + t], rows[3 * N + t])
             top = max(i, j)
@@ -264,7 +264,7 @@ def _mix(keys: int, value_Sw: Any, score: Any, most: Any, total: Any, mixed: Any
 @compiled(fastmath=True, error_model="numpy", inline="always")
 def _softened(logits_E: Any, sharpness: Any, p_E: Any) -> Any:
     """softmax(sharpness * logits), to the base of 2; returns where it is highest, the lowest id of several."""
-    most, total, first = UNSEEN, ZERO, len(p_E)
+    most, total, best = UNSEEN, ZERO, len(p_E)
     for e in range(len(p_E)):
         most = max(most, logits_E[e])
     for e in range(len(p_E)):
@@ -272,11 +272,11 @@ def _softened(logits_E: Any, sharpness: Any, p_E: Any) -> Any:
         p_E[e] = p
         total += p
     for e in range(len(p_E)):
-        first = min(first, e if logits_E[e] == most else len(p_E))
+        best = min(best, e if logits_E[e] == most else len(p_E))
     total = ONE / total
     for e in range(len(p_E)):
         p_E[e] *= total
-    return first
+    return best
 
 
 @compiled(fastmath=True, inline="always")
