@@ -29,10 +29,11 @@ def halves(tokens: int) -> list[slice]:
     return [slice(0, middle), slice(middle, tokens)]
 
 
-def halves_of_requests(length_B: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-    """`halves` of whole requests, as even as they can be, as (first row, their lengths); one long request is no two."""
+def halves_of_requests(length_B: NDArray[np.int64], share: float = 0.5) -> list[tuple[int, NDArray[np.int64]]]:
+    """`halves` of whole requests, the first as near to `share` of the tokens as it can be, as (first row, their
+    lengths); one long request is no two."""
     end_B = np.cumsum(length_B)
-    first = 1 + int(np.abs(2 * end_B - end_B[-1]).argmin()) if len(length_B) else 0
+    first = 1 + int(np.abs(end_B - share * end_B[-1]).argmin()) if len(length_B) else 0
     if first == len(length_B) or len(halves(int(end_B[-1]))) == 1:
         return [(0, length_B)]
     return [(0, length_B[:first]), (int(end_B[first - 1]), length_B[first:])]

@@ -217,8 +217,9 @@ def assign_ranks(request_T: NDArray[np.int32], ranks: int) -> NDArray[np.int64]:
 
 def request_lengths(request_T: NDArray[np.int32]) -> NDArray[np.int64]:
     """[R] tokens of each request of a step, whose tokens stand together."""
-    ends = np.flatnonzero(np.append(request_T[1:] != request_T[:-1], True)) + 1 if len(request_T) else np.zeros(0, int)
-    return np.diff(ends, prepend=0)
+    edge = np.ones(len(request_T) + 1, bool)
+    np.not_equal(request_T[1:], request_T[:-1], out=edge[1:-1])
+    return np.diff(np.flatnonzero(edge))
 
 
 def vocabulary_ids(tokens: TokenTable | StepTokens) -> NDArray[np.int32]:

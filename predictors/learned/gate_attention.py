@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from moesim.predictors.base import Forecast, RouterSpec, Seen, from_probabilities, tokens_of
 from moesim.predictors.halves import ENOUGH
-from moesim.predictors.learned.gate_attention_drafts import Draft, ReadySource, Step, rows_of
+from moesim.predictors.learned.gate_attention_drafts import Draft, ReadySource, Step
 from moesim.predictors.learned.gate_attention_net import AttentionNet, AttentionSettings
 from moesim.predictors.learned.gate_mlp import AskedEarly
 from moesim.predictors.learned.learned import kept, matrix_flops
@@ -37,9 +37,9 @@ class GateAttention(AskedEarly[AttentionSettings]):
     """See the module. View v looks v + 1 layers ahead; farther than `ahead` the frequency answers."""
 
     name = "gate-attention"
-    version = 3
+    version = 4
     defaults = AttentionSettings()
-    budget = Budget(layer_tokens=9_000_000, learning_rate=3e-3, batch_tokens=1024)
+    budget = Budget(layer_tokens=11_250_000, learning_rate=3e-3, batch_tokens=1024)
 
     def sizes_of(self, table: TokenTable, router: RouterSpec) -> dict[str, int]:
         """And the vocabulary, where there is one, and whether tokens see later ones (encoders)."""
@@ -139,7 +139,7 @@ class GateAttention(AskedEarly[AttentionSettings]):
         own = net.source(0)
         chosen = self.shape.top_k / self.shape.experts
         maps = chosen * matrix_flops(own.down_XD, own.up_DX, own.routes_LDE)
-        return maps + matrix_flops(own.blocks[0]) + super().flops() + 4.0 * 128 * settings.inner
+        return maps + matrix_flops(own.blocks[0]) + super().flops() + 2.0 * 128 * (settings.keys + settings.inner)
 
     def _net(self) -> AttentionNet:
         assert isinstance(self.net, AttentionNet), "built above"
@@ -171,11 +171,11 @@ class GateAttention(AskedEarly[AttentionSettings]):
         return self._ready[source].drafts(step)
 
     def _step(self, seen: Seen) -> Step:
-        tokens, row_T = seen.tokens, np.zeros(len(seen.tokens), np.int64)
-        if self._known_V is not None:
+        tokens, id_T = seen.tokens, np.zeros(len(seen.tokens), np.int32)
+        if self.sizes["vocabulary"]:
             assert tokens.token_id is not None, "it was fitted with vocabulary ids"
-            row_T = rows_of(self._known_V, tokens.token_id)
-        return Step.of(request_lengths(tokens.request), row_T, self.shape.layers, self.shape.top_k)
+            id_T = tokens.token_id
+        return Step.of(request_lengths(tokens.request), id_T, self.shape.layers, self.shape.top_k)
 
     def _make_ready(self) -> None:
         """Lay out what was fitted; and ask it once, so that no forecast of a step waits for the compiler, for a second
@@ -185,11 +185,9 @@ class GateAttention(AskedEarly[AttentionSettings]):
             ReadySource(net, net.source(number), self.sharpness_VL.diagonal(number + 1))
             for number in range(len(net.sources))
         ]
-        words = net.source(0).words if self._ready else None
-        self._known_V = None if words is None else words.known_V.cpu().int().numpy()
         self._weight_L = net.weight_scale_L.tolist()
         lengths, T = np.full(8, ENOUGH // 4), 2 * ENOUGH
-        step = Step.of(lengths, np.zeros(T, np.int64), self.shape.layers, self.shape.top_k)
+        step = Step.of(lengths, np.zeros(T, np.int32), self.shape.layers, self.shape.top_k)
         ids_TK = np.broadcast_to(np.arange(T)[:, None] % self.shape.experts, (T, self.shape.top_k))
         for source in self._ready:
             step.add(ids_TK, None, 1.0, np.zeros((T, self.sizes["router_input"]), np.float16))

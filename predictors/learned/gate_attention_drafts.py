@@ -2,8 +2,8 @@
 
 On the CPU, wherever it was trained, and where there are many tokens in two threads, each with whole requests. Nothing
 is padded, and of the experts' maps only those of the chosen ones are used. Shape letters: T tokens of a step, B
-requests, L routed layers, E experts, K experts per token, D router input, W inner width, I three times that, A heads, X
-buckets, P distances or parts, V vocabulary rows.
+requests, L routed layers, E experts, K experts per token, D router input, W inner width, I twice that, A heads, X
+what they read or buckets, P distances or parts, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from moesim.predictors.base import Ids
-from moesim.predictors.halves import halves_of_requests, together
-from moesim.predictors.learned.gate_attention_kernels import SPARE, UNSEEN, first, later
+from moesim.predictors.halves import FIRST, halves_of_requests, together
+from moesim.predictors.learned.gate_attention_heads import SPARE, UNSEEN
+from moesim.predictors.learned.gate_attention_kernels import first, later
 from moesim.predictors.learned.gate_attention_net import SOFTNESS, AttentionNet, Block, Source, buckets
 
 Floats = NDArray[np.float32]
@@ -34,22 +35,24 @@ LOG2_E = 1 / math.log(2)
 class Step:
     """What drafts read of a running step, layer by layer as it routes."""
 
+    length_B: NDArray[np.int64]
     parts: list[Part]
-    word_T: NDArray[np.int64]
-    """Row of each token's vocabulary id."""
+    """Of the next draft."""
+    id_T: NDArray[np.int32]
+    """Vocabulary ids, where they are read."""
     ids_LTK: NDArray[np.int64]
     """Of all layers, like the next ones; those that have routed are there."""
     weight_LTK: Floats
     bits_LTD: list[NDArray[np.uint16]] = field(default_factory=list)
     """Router inputs of these, the bits of float16."""
+    begun: bool = False
 
     @classmethod
-    def of(cls, length_B: NDArray[np.int64], word_T: NDArray[np.int64], layers: int, top_k: int) -> Step:
+    def of(cls, length_B: NDArray[np.int64], id_T: NDArray[np.int32], layers: int, top_k: int) -> Step:
         """Before any has routed."""
-        longest, shape = int(length_B.max(initial=1)), (layers, len(word_T), top_k)
-        parts = [(number, *part, longest) for number, part in enumerate(halves_of_requests(length_B))]
+        shape = (layers, len(id_T), top_k)
         ids_LTK, weight_LTK = np.empty(shape, np.int64), np.empty(shape, np.float32)
-        return cls(parts=parts, word_T=word_T, ids_LTK=ids_LTK, weight_LTK=weight_LTK)
+        return cls(length_B=length_B, parts=_parts(length_B, FIRST), id_T=id_T, ids_LTK=ids_LTK, weight_LTK=weight_LTK)
 
     def add(
         self, ids_TK: Ids, weights_TK: NDArray[np.float16] | None, usual: float, given_TD: NDArray[np.float16]
@@ -59,6 +62,11 @@ class Step:
         self.bits_LTD.append(np.ascontiguousarray(given_TD, np.float16).view(np.uint16))
         self.ids_LTK[layer] = ids_TK
         np.divide(1 if weights_TK is None else weights_TK, np.float32(usual), out=self.weight_LTK[layer])
+
+    def drafted(self) -> None:
+        """A draft is made: the second thread came late to the first one, and to the others less so."""
+        if not self.begun:
+            self.begun, self.parts = True, _parts(self.length_B, 0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,25 +80,19 @@ class Draft:
     """Of the P parts."""
 
 
-def rows_of(known_V: NDArray[np.int32], ids_T: NDArray[np.int32]) -> NDArray[np.int64]:
-    """[T] the vocabulary row of each id, the last one where it is none of `known_V`; as Vocabulary.rows, on the CPU."""
-    unknown = len(known_V)
-    near_T = np.minimum(np.searchsorted(known_V, ids_T), max(unknown - 1, 0))
-    return np.where(known_V[near_T] == ids_T, near_T, unknown) if unknown else np.zeros(len(ids_T), np.int64)
-
-
 class ReadyBlock:
     """A `Block` and the frozen gate behind it, as the kernels take them."""
 
     def __init__(self, block: Block, gate_ED: torch.Tensor, bias_E: torch.Tensor, causal: bool) -> None:
-        # Powers of 2 are quicker than those of e, and heads are filled up with zeros to a width that 8 divides.
-        width = len(block.value_WD) // block.heads
-        query_WD = block.query_WD * (LOG2_E / width**0.5)
-        maps = [_filled(rows_WD, block.heads) for rows_WD in (query_WD, block.key_WD, block.value_WD)]
-        map_DI = _plain((torch.cat(maps) * block.weight).T).numpy()
-        out_WD = _plain(_filled(block.out_DW.T, block.heads)).numpy()
-        self.sizes = len(out_WD), block.heads
-        self.maps = map_DI, out_WD, _plain(gate_ED.T).numpy(), _plain(bias_E).numpy()
+        # Powers of 2 are quicker than those of e; values of a head are filled up with zeros to a number that 8 divides,
+        # queries and keys to one that 4 divides.
+        width = len(block.query_YX) // block.heads
+        value_WD, out_WD = (_filled(rows, block.heads) for rows in (block.value_WD * block.weight, block.out_DW.T))
+        told = [_filled(rows, block.heads, 4) for rows in (block.query_YX * (LOG2_E / width**0.5), block.key_YX)]
+        told_XI = torch.cat(told).T
+        told_XI = _filled(told_XI, block.heads) if block.latent else told_XI * block.weight[:, None]
+        self.sizes = len(out_WD), len(told[0]), block.heads
+        self.maps = tuple(_plain(part).numpy() for part in (value_WD.T, told_XI, out_WD, gate_ED.T, bias_E))
         self.bucket_AX, self.causal = _plain(block.bucket_AX * LOG2_E).numpy(), causal
         self.bias_AP = np.empty((block.heads, 0), np.float32)
 
@@ -123,6 +125,7 @@ class ReadySource:
                 _filled(source.up_DX.T, E),
             )
         )
+        self.known_V = np.zeros(0, np.int32) if words is None else words.known_V.cpu().int().numpy()
         word_V = torch.zeros(1) if source.word_scale is None else source.word_scale.weight[:, 0]
         scales = (source.scale_1D[0] / own, source.expert_scale_1E[0], word_V)
         self.scales = tuple(_plain(scale).numpy() for scale in scales)
@@ -144,10 +147,10 @@ class ReadySource:
 
     def drafts(self, step: Step) -> Iterator[Draft]:
         """Of the layers after the source, each made when it is asked."""
-        T, E = len(step.word_T), len(self.scales[1])
+        T, E = len(step.id_T), len(self.scales[1])
         u_TD, at, before = np.empty((T, len(self.rows[0])), np.float32), self.number, np.empty((0, 0), np.float32)
         inputs = step.bits_LTD[at], step.bits_LTD[max(at - 1, 0)]
-        given = *inputs, step.ids_LTK[: at + 1], step.weight_LTK[: at + 1], step.word_T
+        given = *inputs, step.ids_LTK[: at + 1], step.weight_LTK[: at + 1], step.id_T, self.known_V
         for number, (make, block, sharpness) in enumerate(zip(self.make, self.blocks, self.sharpness, strict=True)):
             made = Draft(
                 logits_TE=np.empty((T, E), np.float32),
@@ -159,8 +162,15 @@ class ReadySource:
             read: Any = (*self.soft[number - 1], before) if number else (given, self.rows, self.scales)
             ready = block.reaching(step.parts[0][-1])
             together(partial(make, *read, ready, u_TD, said), step.parts)
+            step.drafted()
             before = made.logits_TE
             yield made
+
+
+def _parts(length_B: NDArray[np.int64], share: float) -> list[Part]:
+    """Of all requests, the first with this share of the tokens."""
+    longest = int(length_B.max(initial=1))
+    return [(number, *part, longest) for number, part in enumerate(halves_of_requests(length_B, share))]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,7 +178,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().float().cpu().contiguous()
 
 
-def _filled(rows_WD: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of zeros behind those of each head, to a number that 8 divides."""
+def _filled(rows_WD: torch.Tensor, heads: int, by: int = 8) -> torch.Tensor:
+    """Rows of zeros behind those of each head, to a number that `by` divides."""
     rows_AWD = rows_WD.reshape(heads, -1, rows_WD.shape[1])
-    return functional.pad(rows_AWD, (0, 0, 0, -rows_AWD.shape[1] % 8)).flatten(0, 1)
+    return functional.pad(rows_AWD, (0, 0, 0, -rows_AWD.shape[1] % by)).flatten(0, 1)

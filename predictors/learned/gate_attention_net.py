@@ -3,7 +3,8 @@
 The draft is laid out so that gate_attention_drafts.py can make it in a few products of narrow matrices: the residual
 stream is scaled, not multiplied, and of the experts' maps only those of the chosen ones are needed. Source of the
 relative positions in buckets: T5 (arXiv 1910.10683). Shape letters: N tokens of a batch, B requests, S positions of the
-longest, L layers, E experts, K experts per token, D router input, W inner width, A heads, R rank, H the last H layers.
+longest, L layers, E experts, K experts per token, D router input, W values, Y queries or keys, A heads, X what they
+read, R rank, H the last H layers.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ SOFTNESS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSettings:
-    """Inner width and heads of the first block and of the later ones, rank of an expert's map, distances."""
+    """Width of all values, of all queries and keys, and heads, of the first block and of the later ones; rank of an
+    expert's map, distances."""
 
     inner: int = 32
+    keys: int = 16
     heads: int = 4
     later_inner: int = 64
+    later_keys: int = 48
     later_heads: int = 4
     rank: int = 16
     ahead: int = 3
@@ -52,16 +56,18 @@ def buckets(positions: int) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """u + attention(rms(u)) over the tokens of each request; begins as u."""
+    """u + attention(rms(u)) over the tokens of each request; begins as u. A `latent` one reads queries and keys from
+    the values, few numbers where u has many, as MLA (arXiv 2405.04434) reads keys and values from a short vector."""
 
-    def __init__(self, width: int, inner: int, heads: int) -> None:
+    def __init__(self, width: int, inner: int, keys: int, heads: int, *, latent: bool) -> None:
         super().__init__()
-        inner = max(heads, min(inner, width) // heads * heads)
-        self.heads = heads
+        inner, keys = (max(heads, min(size, width) // heads * heads) for size in (inner, keys))
+        self.heads, self.latent = heads, latent
+        read = inner if latent else width
         self.weight = nn.Parameter(torch.empty(width))
-        self.query_WD = nn.Parameter(torch.empty(inner, width))
-        self.key_WD = nn.Parameter(torch.empty(inner, width))
         self.value_WD = nn.Parameter(torch.empty(inner, width))
+        self.query_YX = nn.Parameter(torch.empty(keys, read))
+        self.key_YX = nn.Parameter(torch.empty(keys, read))
         self.out_DW = nn.Parameter(torch.empty(width, inner))
         self.bucket_AX = nn.Parameter(torch.empty(heads, BUCKETS))
 
@@ -69,8 +75,10 @@ class Block(nn.Module):
         """[N, D]; `mask_BSS` is 0 where a query may attend to a key."""
         normal_BSD = batch.padded(functional.rms_norm(u_ND, u_ND.shape[1:], self.weight))
         B, S, _ = normal_BSD.shape
-        maps = (self.query_WD, self.key_WD, self.value_WD)
-        q, k, v = ((normal_BSD @ rows.T).view(B, S, self.heads, -1).transpose(1, 2) for rows in maps)
+        value_BSW = normal_BSD @ self.value_WD.T
+        read_BSX = value_BSW if self.latent else normal_BSD
+        told = (read_BSX @ self.query_YX.T, read_BSX @ self.key_YX.T, value_BSW)
+        q, k, v = (part.view(B, S, self.heads, -1).transpose(1, 2) for part in told)
         far_SS = torch.arange(S) - torch.arange(S)[:, None] + S - 1
         bias_ASS = self.bucket_AX[:, buckets(S)[far_SS].to(u_ND.device)]
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias_ASS[None] + mask_BSS[:, None])
@@ -97,8 +105,9 @@ class Source(nn.Module):
         self.routes_LDE = nn.Parameter(torch.empty(source + 1, width, experts))
         self.down_XD = nn.Parameter(torch.empty(experts * self.rank, width))
         self.up_DX = nn.Parameter(torch.empty(width, experts * self.rank))
-        later = [Block(width, settings.later_inner, settings.later_heads) for _ in range(ahead - 1)]
-        self.blocks = nn.ModuleList([Block(width, settings.inner, settings.heads), *later])
+        nearest = Block(width, settings.inner, settings.keys, settings.heads, latent=True)
+        sizes_of_later = (width, settings.later_inner, settings.later_keys, settings.later_heads)
+        self.blocks = nn.ModuleList([nearest, *(Block(*sizes_of_later, latent=False) for _ in range(ahead - 1))])
         self.soft_DE = nn.ParameterList([torch.empty(width, experts) for _ in range(ahead - 1)])
         self.out_HD = nn.Parameter(torch.empty(ahead, width))
         self.bias_HE = nn.Parameter(torch.empty(ahead, experts))

@@ -34,6 +34,12 @@ def test_requests_are_halved_whole(lengths, parts, two):
     assert [(row, length_B.tolist()) for row, length_B in found] == parts
 
 
+def test_the_first_half_of_requests_may_be_larger(two):
+    for share, first in ((0.5, 4), (0.6, 5), (0.75, 6)):
+        (_, near_B), (row, far_B) = halves.halves_of_requests(np.full(8, 128), share)
+        assert len(near_B) == first and row == first * 128 and len(far_B) == 8 - first
+
+
 def test_nothing_is_one_part(two):
     ((row, length_B),) = halves.halves_of_requests(np.zeros(0, np.int64))
     assert (row, len(length_B)) == (0, 0)

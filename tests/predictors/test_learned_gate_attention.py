@@ -12,7 +12,10 @@ from helpers import make_table, with_router_inputs
 from moesim.predictors import RouterSpec, Seen, routed_layer
 from moesim.predictors.counting import Frequency
 from moesim.predictors.learned.gate_attention import GateAttention
+from moesim.predictors.learned.gate_attention_heads import power
+from moesim.predictors.learned.gate_attention_kernels import rows_of
 from moesim.predictors.learned.gate_attention_net import BUCKETS, AttentionSettings, buckets
+from moesim.predictors.learned.parts import Vocabulary
 from moesim.predictors.learned.requests import Batch
 from moesim.predictors.learned.training import Training
 from moesim.traces import Phase, concat, request_lengths, split_requests, step_tokens
@@ -149,8 +152,8 @@ def uneven(rows, lengths):
 @pytest.mark.parametrize(
     ("top_k", "bare", "settings"),
     [
-        (1, False, AttentionSettings(inner=8, heads=2, later_inner=16, later_heads=1, rank=3)),
-        (2, False, AttentionSettings(inner=12, heads=4, rank=16)),
+        (1, False, AttentionSettings(inner=8, keys=6, heads=2, later_inner=16, later_keys=16, later_heads=1, rank=3)),
+        (2, False, AttentionSettings(inner=12, keys=12, heads=4, rank=16)),
         (2, True, AttentionSettings()),
     ],
 )
@@ -193,3 +196,20 @@ def test_buckets_are_exact_nearby_and_tell_the_sides_apart():
     before, after = found[:199], found[200:]
     assert not set(before.tolist()) & set(after.tolist())
     assert (torch.diff(after) >= 0).all() and (torch.diff(before) <= 0).all()
+
+
+def test_vocabulary_rows_are_found_as_in_training():
+    generator = np.random.default_rng(0)
+    for known in (0, 1, 2, 63, 64, 500):
+        words = Vocabulary(known, 1)
+        words.learn(generator.choice(2000, known, replace=False).astype(np.int32))
+        ids = generator.integers(-5, 2005, 4000).astype(np.int32)
+        found = rows_of(words.known_V.int().numpy(), ids)
+        assert np.array_equal(found, words.rows(torch.from_numpy(ids)).numpy())
+
+
+def test_powers_of_two():
+    x = np.linspace(-100, 0.9, 5001).astype(np.float32)
+    told = np.array([power(each) for each in x])
+    assert np.abs(told / 2.0 ** x.astype(np.float64) - 1).max() < 4e-6
+    assert power(np.float32(0)) == 1
