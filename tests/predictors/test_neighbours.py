@@ -242,7 +242,7 @@ def test_the_compiled_product_is_that_of_numpy(tokens, rows, width):
 
 
 @pytest.mark.parametrize(
-    "kernel", [linear(8, 1), sketcher(8, 1), reader(8, 1), first(16, 8, 8, 8, 1), later(16, 8, 8, 1)]
+    "kernel", [linear(8, 1), sketcher(8, 1), reader(8, 1), first(16, 8, 8, 8, 8, 1), later(16, 8, 8, 8, 1)]
 )
 def test_sizes_are_all_that_is_compiled_in(kernel):
     """What numba keeps is found again by them; a kernel among them is another one in every process, which then compiles
